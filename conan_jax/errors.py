@@ -1,0 +1,37 @@
+"""Errors a user can cause, and the exit codes that schedulers read.
+
+Every command ends with one of three codes: 0 done, 42 stopped but resumable (start the same
+command again), 78 wrong configuration or data (restarting cannot help).
+"""
+
+EXIT_DONE = 0
+EXIT_RESUMABLE = 42
+EXIT_BAD_INPUT = 78
+
+
+class ConanError(Exception):
+    """Base of the errors shown without a traceback: what is wrong, where, and what to do."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(ConanError):
+    """A configuration value is unknown, ill-typed or contradicts another one."""
+
+
+class DataError(ConanError):
+    """A file, a record or a shard is not what it must be."""
+
+
+class CheckpointError(ConanError):
+    """A checkpoint is missing, damaged, or belongs to another tokenizer or configuration."""
+
+
+class TrainingError(ConanError):
+    """Training cannot go on, for instance after repeated non-finite updates."""
+
+
+class Preempted(ConanError):
+    """The run was asked to stop; its state is saved and the same command resumes it."""
+
+    exit_code = EXIT_RESUMABLE
