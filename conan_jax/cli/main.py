@@ -1,0 +1,62 @@
+"""`conan`: the command line. Every command imports what it needs when it runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from conan_jax.errors import EXIT_BAD_INPUT, ConanError
+
+app = typer.Typer(
+    name="conan",
+    help="Train text embedders from scratch in JAX: raw text -> pretrain -> sft -> weak -> supervised -> search.",
+    epilog="Start with [bold]conan demo[/bold], then [bold]conan search[/bold]. Exit codes: 0 done, 42 stopped and resumable, 78 wrong configuration or data.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from conan_jax import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _mount() -> None:
+    from conan_jax.cli import config, data, demo, search, tokenizer, train
+
+    app.command("demo")(demo.demo)
+    app.command("train")(train.train)
+    app.command("prepare")(train.prepare)
+    app.command("search")(search.search)
+    app.command("report")(train.report)
+    app.add_typer(data.app, name="data")
+    app.add_typer(tokenizer.app, name="tokenizer")
+    app.add_typer(config.app, name="config")
+
+
+_mount()
+
+
+def run() -> None:
+    """Entry point: errors a user can cause end in one line and their exit code, not in a traceback."""
+    try:
+        app()
+    except ConanError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]conan:[/bold red] {_plain(error)}")
+        sys.exit(error.exit_code)
+    except SystemExit as stop:  # a mistyped flag must not look resumable to a scheduler
+        sys.exit(EXIT_BAD_INPUT if stop.code == 2 else stop.code)
+
+
+def _plain(error: ConanError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,9 @@
+"""Rewrite the golden renderings after a deliberate change: python -m tests.update_golden."""
+
+from conan_jax import config_io
+from tests.test_config import GOLDEN, SPECS, load
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for spec in SPECS:
+        (GOLDEN / (spec.replace(".py:", ".") + ".txt")).write_text(config_io.render(load(spec)), encoding="utf-8")
