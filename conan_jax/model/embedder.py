@@ -1,0 +1,86 @@
+"""`Embedder`: the one door to the model. Pure functions of a parameter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from conan_jax import config as configs
+from conan_jax.errors import ConfigError
+from conan_jax.model.layout import Layout
+from conan_jax.model.softmask import Bidirectional, Mask
+from conan_jax.model.transformer import Decoder
+
+Params = Any
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The decoder of METHODS 1.1 as pure functions. Hashable by its configuration, so it may be a static argument of `jit`.
+
+    `params` is a nested dict of float32 arrays; the arrays of all layers are stacked, [layers, ...], whether the layers
+    run as a scan or unrolled.
+    """
+
+    config: configs.Model
+
+    @property
+    def _module(self) -> Decoder:
+        return Decoder(self.config)
+
+    def init(self, key: Array) -> Params:
+        """Fresh float32 parameters: normal(initializer_range), norms 1, maps into the residual stream scaled by 1/sqrt(2 * num_layers)."""
+        return nn.meta.unbox(self._boxed(key))
+
+    def axes(self) -> Any:
+        """The logical axis names of every parameter: a tree like `init`'s whose leaves are tuples of names."""
+        boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+        return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+
+    def hidden(self, params: Params, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask) -> Float[Array, "B L D"]:
+        """Final-norm hidden states, in the compute dtype, of token ids or of ready input embeddings.
+
+        Raises:
+            ConfigError: `inputs` is neither, or does not match `layout` or the model's width.
+        """
+        ready = jnp.issubdtype(inputs.dtype, jnp.floating)
+        expected = (*layout.positions.shape, self.config.hidden_size) if ready else layout.positions.shape
+        if inputs.shape != expected:
+            raise ConfigError(f"inputs of type {inputs.dtype} have shape {inputs.shape}, but the layout and the model ask for {expected}")
+        return self._module.apply({"params": params}, inputs, layout, mask, method="hidden")
+
+    def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token scores h E^T through the tied table, float32."""
+        table = params["embedding"].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def embed(self, params: Params, text_batch: Mapping[str, Array], mask: Mask = Bidirectional()) -> Float[Array, "B D"]:
+        """One float32 unit vector a text; an empty row gives zeros (METHODS 1.7).
+
+        Args:
+            text_batch: `tokens` [B, L], `lengths` [B], `prompt_lengths` [B]; instruction tokens are attended to, not pooled.
+                When nothing but the instruction is there, it is pooled.
+        """
+        b = text_batch
+        return self._module.apply({"params": params}, b["tokens"], b["lengths"], b["prompt_lengths"], mask, method="embed")
+
+    def embedding_table(self, params: Params) -> Float[Array, "V D"]:
+        """The tied token embeddings, float32."""
+        return params["embedding"]
+
+    def _boxed(self, key: Array) -> Any:
+        row = jnp.zeros((1, 1), jnp.int32)
+        return self._module.init(key, row, row[0] + 1, row[0], Bidirectional(), method="embed")["params"]
+
+
+def num_params(config: configs.Model) -> int:
+    """Parameters of the model, counted from its real shapes without making an array."""
+    shapes = jax.eval_shape(Embedder(config).init, jax.random.key(0))
+    return sum(prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

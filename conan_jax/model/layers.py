@@ -1,0 +1,100 @@
+"""The parts of a decoder block: Linear, RMSNorm, RoPE, SwiGLU, grouped-query self-attention (METHODS 1.1).
+
+Parameters are float32 and carry logical axis names. Activations are two-dimensional, [tokens, features]: with three axes
+XLA's CPU backend materialises transposes in the gradient.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from conan_jax import config
+from conan_jax.model.attention import attention
+from conan_jax.model.layout import Layout
+from conan_jax.model.softmask import Mask
+
+
+class Linear(nn.Module):
+    """y = x W without bias. W is float32 [in, out], cast to the dtype of `x`. All seven maps of a block are this one class."""
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        return x @ kernel.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; returned in the dtype of `x`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, "B L"], head_dim: int, theta: float) -> tuple[Float[Array, "B L C"], Float[Array, "B L C"]]:
+    """cos and sin of position * theta^(-2c/C), c = 0 .. C/2-1, written twice side by side; float32."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B L H C"], cos: Float[Array, "B L C"], sin: Float[Array, "B L C"]) -> Float[Array, "B L H C"]:
+    """Rotate the pairs (x_c, x_{c+C/2}): the half-split convention of Llama checkpoints. float32 inside."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos[:, :, None] + rotated * sin[:, :, None]).astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x), with RMSNorm on each head of q and k when `qk_norm`."""
+
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array], layout: Layout, mask: Mask) -> Float[Array, "T D"]:
+        c = self.config
+        B, L = layout.positions.shape
+        heads = {"q": (c.num_heads, "heads"), "k": (c.num_kv_heads, "kv_heads"), "v": (c.num_kv_heads, "kv_heads")}
+        parts = {}
+        for name, (n, axis) in heads.items():
+            y = Linear(n * c.head_dim, ("embed", axis), c.initializer_range, name=f"{name}_proj")(x)
+            y = nn.with_logical_constraint(y.reshape(B, L, n, c.head_dim), ("batch", "length", axis, None))
+            if c.qk_norm and name != "v":
+                y = RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y)
+            parts[name] = y if name == "v" else apply_rope(y, *rope)
+        out = attention(parts["q"], parts["k"], parts["v"], mask, layout, implementation=c.attention, block_size=c.attention_block_size)
+        out = nn.with_logical_constraint(out, ("batch", "length", "heads", None)).reshape(B * L, -1)
+        return Linear(c.hidden_size, ("heads", "embed"), residual_stddev(c), name="o_proj")(out)
+
+
+class SwiGLU(nn.Module):
+    """x -> W_down (silu(W_gate x) * W_up x)."""
+
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        c = self.config
+        gate = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
+        up = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
+        inner = nn.with_logical_constraint(nn.silu(gate) * up, ("tokens", "mlp"))
+        return Linear(c.hidden_size, ("mlp", "embed"), residual_stddev(c), name="down_proj")(inner)
+
+
+def residual_stddev(c: config.Model) -> float:
+    """initializer_range / sqrt(2 * num_layers) for maps that write to the residual stream, whose variance then does not grow with depth."""
+    return c.initializer_range * (2 * c.num_layers) ** -0.5

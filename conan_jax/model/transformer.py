@@ -1,0 +1,88 @@
+"""The decoder: embedding table, `num_layers` blocks, a final norm, and a pooling beside it (METHODS 1.1)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from conan_jax import config
+from conan_jax.model.layers import RMSNorm, SelfAttention, SwiGLU, rope_tables
+from conan_jax.model.layout import Layout
+from conan_jax.model.pooling import make_pooling
+from conan_jax.model.softmask import Mask
+
+
+class Block(nn.Module):
+    """Pre-norm block: x += attention(norm(x)); x += swiglu(norm(x))."""
+
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array], layout: Layout, mask: Mask) -> tuple[Float[Array, "T D"], None]:
+        c = self.config
+        x = nn.with_logical_constraint(x, ("tokens", None))
+        x = x + SelfAttention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), rope, layout, mask)
+        x = x + SwiGLU(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
+        return nn.with_logical_constraint(x, ("tokens", None)), None
+
+
+class Decoder(nn.Module):
+    """The parameters and the maps between token ids, hidden states, logits and vectors. `Embedder` is its face."""
+
+    config: config.Model
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
+        # Unrolling inside the scan keeps one parameter tree, [layers, ...], whatever `scan_layers` says.
+        self.layers = nn.scan(
+            _rematerialised(Block, c.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            unroll=1 if c.scan_layers else c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c.rms_norm_eps)
+        self.pooling = make_pooling(c)
+
+    def hidden(self, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask) -> Float[Array, "B L D"]:
+        """Final-norm hidden states in the compute dtype."""
+        c = self.config
+        B, L = inputs.shape[:2]
+        x = jnp.take(self.embedding, inputs.reshape(-1), axis=0) if inputs.ndim == 2 else inputs.reshape(B * L, -1)
+        rope = rope_tables(layout.positions, c.head_dim, c.rope_theta)
+        x, _ = self.layers(x.astype(c.compute_dtype), rope, layout, mask)
+        return self.final_norm(x).reshape(B, L, -1)
+
+    def pool(self, hidden: Float[Array, "B L D"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+        """One float32 vector a row, not normalised."""
+        index = jnp.arange(hidden.shape[1])[None]
+        real = index < lengths[:, None]
+        text = real & (index >= prompt_lengths[:, None])
+        # A row that holds its instruction alone still has a meaning: pool that.
+        text = jnp.where(text.any(axis=1, keepdims=True), text, real)
+        return self.pooling(hidden, real, text)
+
+    def embed(self, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"], mask: Mask) -> Float[Array, "B D"]:
+        """Pooled and L2-normalised; zeros for an empty row."""
+        hidden = self.hidden(tokens, Layout.from_lengths(lengths, tokens.shape[1]), mask)
+        return l2_normalise(self.pool(hidden, lengths, prompt_lengths))
+
+
+def _rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
+    return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+def l2_normalise(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """x / ||x||; a zero vector stays zero and has a zero gradient."""
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jnp.where(squared > 0, jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
