@@ -1,0 +1,185 @@
+"""A whole recipe: prepare the data, train the stages in order, evaluate after each, write the report."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from conan_jax import config, config_io
+from conan_jax.cli.files import read_json, write_json
+from conan_jax.errors import ConfigError
+
+FREE_KEYS = {"log_every", "checkpoint_every", "keep_checkpoints"}  # may change between a run and its resumption
+
+
+class Recipe:
+    """One run in one folder: what `conan train`, `conan prepare` and `conan demo` do."""
+
+    def __init__(self, run: config.Run, console: Console) -> None:
+        from conan_jax.model import Embedder
+
+        self.run, self.console = run, console
+        self.folder = Path(run.output_dir)
+        self.embedder = Embedder(run.model)
+        self._prepared: Any = None
+        self._evaluations: tuple[config.Evaluation, ...] | None = None
+
+    def prepare(self) -> Any:
+        """Build the datasets, tokenizer and packed rows that are missing or out of date."""
+        from conan_jax.data.prepare import prepare
+
+        if self._prepared is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._timed("prepare"):
+                self._prepared = prepare(self.run, console=self.console)
+        return self._prepared
+
+    def train(self, only: str | None = None, fresh: bool = False) -> dict[str, Any]:
+        """Train every stage, or the one called `only`, evaluate each when it ends, and return the summary.
+
+        Stages that are complete are not trained again, an interrupted one goes on from its last checkpoint.
+        """
+        stages = [self.run.stage(only)] if only else list(self.run.stages)
+        if fresh:
+            for stage in stages:
+                shutil.rmtree(self.folder / stage.name, ignore_errors=True)
+        self._refuse_changed_recipe(stages)
+        self.prepare()
+        write_json(self.folder / "config.json", config_io.to_dict(self.run))
+        self._evaluate_baselines()
+        for stage in stages:
+            self._train_stage(stage)
+        return self.summarise()
+
+    def _train_stage(self, stage_config: config.AnyStage) -> None:
+        from conan_jax.data.pipeline import Pipeline
+        from conan_jax.stages import make_stage
+        from conan_jax.train.loop import train_stage
+
+        folder = self.folder / stage_config.name
+        tokenizer = self._prepared.tokenizer
+        with self._timed(stage_config.name):
+            result = train_stage(
+                self.run,
+                stage_config,
+                stage=make_stage(stage_config, self.embedder),
+                embedder=self.embedder,
+                pipeline=Pipeline(self.run, stage_config, tokenizer),
+                tokenizer_sha256=tokenizer.sha256,
+                folder=folder,
+                previous_folder=self._previous_folder(stage_config),
+                console=self.console,
+            )
+        done = read_json(folder / "evaluation.json", {})
+        if result.trained_steps or set(done) != {e.name for e in self.evaluations}:
+            from conan_jax.eval.encoder import Encoder
+
+            self._evaluate(stage_config.name, Encoder.load(folder), folder / "evaluation.json")
+
+    def _previous_folder(self, stage_config: config.AnyStage) -> Path | None:
+        names = [s.name for s in self.run.stages]
+        index = names.index(stage_config.name)
+        return self.folder / names[index - 1] if index else None
+
+    @property
+    def evaluations(self) -> tuple[config.Evaluation, ...]:
+        """The evaluation sets with their real paths."""
+        import dataclasses
+
+        from conan_jax.data.locations import resolve
+
+        if self._evaluations is None:
+            self._evaluations = tuple(
+                dataclasses.replace(e, path=resolve(self.run, e.path), train_path=resolve(self.run, e.train_path) if e.train_path else None)
+                for e in self.run.evaluations
+            )
+        return self._evaluations
+
+    def _evaluate_baselines(self) -> None:
+        """The model before its first step, and BM25 on the retrieval sets."""
+        from conan_jax.eval.encoder import Encoder
+        from conan_jax.eval.retrieval import evaluate_bm25
+
+        names = {e.name for e in self.evaluations}
+        if set(read_json(self.folder / "untrained" / "evaluation.json", {})) != names:
+            encoder = Encoder.untrained(self.run, self.prepare().tokenizer)
+            self._evaluate("untrained", encoder, self.folder / "untrained" / "evaluation.json")
+        retrieval = [e for e in self.evaluations if e.kind == "retrieval"]
+        if set(read_json(self.folder / "bm25" / "evaluation.json", {})) != {e.name for e in retrieval}:
+            with self._timed("evaluate"):
+                write_json(self.folder / "bm25" / "evaluation.json", {e.name: evaluate_bm25(e) for e in retrieval})
+
+    def _evaluate(self, who: str, encoder: Any, file: Path) -> None:
+        from conan_jax.eval import evaluate
+
+        with self._timed("evaluate"):
+            figures = {}
+            for evaluation in self.evaluations:
+                with self.console.status(f"evaluating {who} on {evaluation.name}"):
+                    figures[evaluation.name] = evaluate(encoder, evaluation)
+            write_json(file, figures)
+        self.console.print(f"[bold]{who}[/bold] " + "  ".join(f"{name} {headline(f)}" for name, f in figures.items()), highlight=False)
+
+    def summarise(self) -> dict[str, Any]:
+        """Write and return `summary.json`: the main figures by stage, everything else beneath."""
+        from conan_jax.model import num_params
+
+        rows = ["untrained", "bm25", *(s.name for s in self.run.stages)]
+        results = {row: read_json(self.folder / row / "evaluation.json", {}) for row in rows}
+        main = next((e.name for e in self.run.evaluations if e.main), None)
+        summary: dict[str, Any] = {}
+        for metric in ("ndcg@10", "recall@10"):
+            summary[metric] = {row: figures[main][metric] for row, figures in results.items() if metric in figures.get(main, {})}
+        timings = read_json(self.folder / "timings.json", {})
+        summary |= {
+            "seconds": round(sum(timings.values()), 1),
+            "parameters": num_params(self.run.model),
+            "timings": timings,
+            "evaluations": results,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of the block to `timings.json`, so that a resumed run still knows what it cost."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            timings = read_json(self.folder / "timings.json", {})
+            timings[phase] = round(timings.get(phase, 0.0) + time.perf_counter() - began, 2)
+            write_json(self.folder / "timings.json", timings)
+
+    def _refuse_changed_recipe(self, stages: list[config.AnyStage]) -> None:
+        """A stage that has checkpoints goes on only under the configuration they were made with."""
+        before = read_json(self.folder / "config.json")
+        if before is None:
+            return
+        old, new = config_io.flatten(config_io.from_dict(before)), config_io.flatten(self.run)
+        begun = [s.name for s in stages if (self.folder / s.name / "checkpoints").exists()]
+        prefixes = ("model.", "tokenizer.", "datasets.", "seed", *(f"{name}." for name in begun))
+        changed = [
+            key for key in sorted(old.keys() | new.keys())
+            if begun and key.startswith(prefixes) and key.rsplit(".", 1)[-1] not in FREE_KEYS and old.get(key) != new.get(key)
+        ]
+        if changed:
+            shown = ", ".join(f"{key} ({old.get(key)!r} -> {new.get(key)!r})" for key in changed[:5])
+            raise ConfigError(
+                f"{self.folder} holds a run with another configuration: {shown}{' ...' if len(changed) > 5 else ''}. "
+                "Give the new one a name of its own (--set name=...), or train it anew with --fresh."
+            )
+
+
+def headline(figures: dict[str, float]) -> str:
+    """The one figure people quote for a kind of evaluation."""
+    for name in ("ndcg@10", "spearman", "accuracy"):
+        if name in figures:
+            return f"{name} {figures[name]:.3f}"
+    return ""

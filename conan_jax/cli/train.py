@@ -1,0 +1,78 @@
+"""`conan train`, `conan prepare`, `conan report`: a recipe, its data alone, its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from conan_jax.cli.config import ConfigArgument, SetOption
+
+
+def train(
+    config: str = ConfigArgument,
+    stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
+    overrides: list[str] = SetOption,
+    fresh: bool = typer.Option(False, "--fresh", help="Forget the checkpoints of these stages and train them anew."),
+    as_json: bool = typer.Option(False, "--json", help="Print summary.json at the end, and progress on standard error."),
+) -> None:
+    """Train a recipe: prepare what is missing, train stage by stage, evaluate after each, write report.html.
+
+    The same command continues an interrupted run, bit for bit. Exit codes: 0 done, 42 stopped and resumable,
+    78 wrong configuration or data.
+
+    Examples:
+
+        conan train configs/demo.py
+
+        conan train configs/small_multilingual.py --stage weak --set weak.optimizer.learning_rate=3e-4
+
+        conan train configs/conan_v2.py:tiny --set name=trial --set weak.soft_mask.schedule=accelerate
+    """
+    from conan_jax import config_io
+    from conan_jax.cli.recipe import Recipe
+    from conan_jax.cli.tables import results_table
+    from conan_jax.train.report import write_report
+
+    console = Console(stderr=as_json)
+    run = config_io.load_run(config, overrides)
+    recipe = Recipe(run, console)
+    summary = recipe.train(stage, fresh)
+    report_file = write_report(recipe.folder)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        console.print(results_table(summary))
+    console.print(f"summary {recipe.folder / 'summary.json'}   report {report_file}", highlight=False)
+
+
+def prepare(config: str = ConfigArgument, overrides: list[str] = SetOption) -> None:
+    """Build a recipe's datasets, tokenizer and packed rows, so that a pod job starts training at once.
+
+    Examples:
+
+        conan prepare configs/demo.py
+
+        CONAN_DATA=/data conan prepare configs/small_multilingual.py
+    """
+    from conan_jax import config_io
+    from conan_jax.cli.recipe import Recipe
+
+    console = Console()
+    recipe = Recipe(config_io.load_run(config, overrides), console)
+    recipe.prepare()
+    console.print(f"prepared: {recipe.run.data_dir}", highlight=False)
+
+
+def report(run: Path = typer.Argument(Path("runs/demo"), help="The folder of a run.")) -> None:
+    """Write report.html of a run again: figures, curves, configuration, in one file that opens offline.
+
+    Examples:
+
+        conan report runs/demo
+    """
+    from conan_jax.train.report import write_report
+
+    typer.echo(str(write_report(run)))

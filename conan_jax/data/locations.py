@@ -1,0 +1,46 @@
+"""Where a source or an evaluation set lies: `$NAME` from the environment, `docstrings:PART` made on the spot."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from conan_jax import config
+from conan_jax.errors import DataError
+
+DOCSTRINGS = "docstrings:"
+
+
+def expand(path: str) -> str:
+    """`path` with `$NAME` and `${NAME}` replaced; raises `DataError` naming a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if not os.environ.get(name):
+            raise DataError(f"{path}: the environment variable {name} is not set; set it to the folder that holds the data, "
+                            f"for instance {name}=/data conan train ...")
+        return os.environ[name]
+
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)
+
+
+def resolve(run: config.Run, path: str, build_corpus: Callable[[Path], object] | None = None) -> str:
+    """The real location of `path` in `run`.
+
+    `docstrings:PART` is a file (or the BEIR folder `eval`) of the corpus made from the documentation of the packages
+    installed here; it is built into `DATA_DIR/docstrings` on first use.
+    """
+    if not path.startswith(DOCSTRINGS):
+        return path if path.startswith("tfds:") else expand(path)
+    folder = Path(run.data_dir) / "docstrings"
+    if build_corpus is None:
+        from conan_jax.data.docstrings import build_corpus
+    build_corpus(folder)
+    part = folder / path.removeprefix(DOCSTRINGS)
+    for candidate in (part, part.with_name(part.name + ".jsonl")):
+        if candidate.exists():
+            return str(candidate)
+    parts = ", ".join(sorted(p.name.removesuffix(".jsonl") for p in folder.iterdir() if not p.name.startswith(".")))
+    raise DataError(f"{path}: the docstring corpus has no part {part.name!r}; it has {parts}")
