@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conan_jax.errors import ConfigError
+from conan_jax.model.blockwise import blockwise_attention
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import MASKED, Mask, mask_bias, mask_matrix, same_segment
 
@@ -42,6 +43,8 @@ def attention(
         implementation = "dense" if q.shape[1] <= block_size else "blockwise"
     if implementation == "dense":
         return dense_attention(q, k, v, mask, layout)
+    if implementation == "blockwise":
+        return blockwise_attention(q, k, v, mask, layout, block_size)
     raise ConfigError(f"attention {implementation!r} is not known; use auto, dense or blockwise")
 
 

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from conan_jax import config
+from conan_jax.model.blockwise import SAVED
 from conan_jax.model.layers import RMSNorm, SelfAttention, SwiGLU, rope_tables
 from conan_jax.model.layout import Layout
 from conan_jax.model.pooling import make_pooling
@@ -78,7 +79,8 @@ def _rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
     if remat == "none":
         return block
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
+    keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED))
+    policy = keep_dots if remat == "dots" else policies.nothing_saveable
     return nn.remat(block, policy=policy, prevent_cse=False)
 
 
