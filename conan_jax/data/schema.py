@@ -1,0 +1,342 @@
+"""Record kinds, the field names people already have, and the validation of one record.
+
+A record becomes a plain dict with exactly the fields of its kind, or raises `Reject` with a reason
+that is counted. Nothing in between: a record with one bad field is not used at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from conan_jax.config import RecordKind
+from conan_jax.errors import ConfigError
+
+FieldType = Literal["text", "texts", "float", "floats"]
+
+# What a record of each kind holds once built, in this order. Fields a source may lack are "" or [].
+KINDS: dict[RecordKind, dict[str, FieldType]] = {
+    "text": {"text": "text"},
+    "sft": {"instruction": "text", "input": "text", "output": "text"},
+    "pair": {"query": "text", "pos": "text", "instruction": "text"},
+    "retrieval": {"query": "text", "pos": "texts", "neg": "texts", "scores": "floats", "instruction": "text"},
+    "sts": {"sentence1": "text", "sentence2": "text", "score": "float"},
+    "labelled": {"text": "text", "label": "text"},
+}
+
+REASONS = {
+    "broken_json": "the line is not one JSON value",
+    "broken_row": "the row does not have the columns of its header",
+    "invalid_utf8": "the text is not valid UTF-8, or holds half a surrogate pair",
+    "nul": "the text holds a NUL character",
+    "missing_field": "a field is not there, or is null",
+    "wrong_type": "a field is not of its type, or a score is not finite",
+    "length_mismatch": "there are not as many scores as negatives",
+    "empty_text": "a text is empty or blank",
+    "positive_equals_query": "a positive says the same as its query",
+    "too_long": "the line is longer than the reader's limit",
+}
+
+
+class Reject(Exception):
+    """Why one record cannot be used: a key of `REASONS`, and what exactly was found. `raw` is its text if unparsed."""
+
+    def __init__(self, reason: str, detail: str, raw: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail, self.raw = reason, detail, raw
+
+
+class Join(tuple):
+    """Columns whose non-blank texts are joined by a newline."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dialect:
+    """One set of column names. `optional` lists alternatives, the first present one counts; `negative*` means
+    `negative`, `negative_1`, `negative_2`, ... in that order."""
+
+    name: str
+    required: dict[str, str | Join]
+    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _pairs(name: str, query: str | Join, pos: str, neg: tuple[str, ...] = (), instruction: tuple[str, ...] = ()) -> Dialect:
+    return Dialect(name, {"query": query, "pos": pos},
+                   {"neg": neg, "scores": ("scores", "neg_scores") if neg else (), "instruction": instruction})
+
+
+_PROMPT = ("instruction", "prompt")
+_RETRIEVAL = (
+    _pairs("flagembedding", "query", "pos", ("neg",), _PROMPT),
+    _pairs("tevatron", "query", "positive_passages", ("negative_passages",), _PROMPT),
+    _pairs("e5", "query", "positive", ("negative*", "negatives"), _PROMPT),
+    _pairs("query-positives", "query", "positives", ("negatives",), _PROMPT),
+    _pairs("query-passage", "query", "passage"),
+    _pairs("query-document", "query", "document"),
+    _pairs("query-answer", "query", "answer"),
+    _pairs("sentence-transformers", "anchor", "positive", ("negative*",)),
+    _pairs("simcse", "sent0", "sent1", ("hard_neg",)),
+)
+_PAIR_ONLY = (
+    _pairs("question-answer", "question", "answer"),
+    _pairs("question-context", "question", "context"),
+    _pairs("alpaca", Join(("instruction", "input")), "output"),
+    _pairs("dolly", Join(("instruction", "context")), "response"),
+    _pairs("prompt-completion", "prompt", "completion"),
+    _pairs("prompt-response", "prompt", "response"),
+    _pairs("title-text", "title", "text"),
+    _pairs("title-body", "title", "body"),
+    _pairs("title-abstract", "title", "abstract"),
+    _pairs("title-content", "title", "content"),
+    _pairs("bitext", "sentence1", "sentence2"),
+)
+# Tried in order; see `_choose` for why the first column of a dialect weighs more than the others.
+DIALECTS: dict[RecordKind, tuple[Dialect, ...]] = {
+    "text": tuple(Dialect(name, {"text": name}) for name in
+                  ("text", "content", "contents", "document", "passage", "paragraph")),
+    "sft": (
+        Dialect("alpaca", {"instruction": "instruction", "output": "output"}, {"input": ("input",)}),
+        Dialect("dolly", {"instruction": "instruction", "output": "response"}, {"input": ("context",)}),
+        Dialect("prompt-completion", {"instruction": "prompt", "output": "completion"}),
+        Dialect("prompt-response", {"instruction": "prompt", "output": "response"}),
+        Dialect("question-answer", {"instruction": "question", "output": "answer"}),
+    ),
+    "pair": _RETRIEVAL + _PAIR_ONLY,
+    "retrieval": _RETRIEVAL,
+    "sts": tuple(Dialect(f"{a}-{score}", {"sentence1": a, "sentence2": b, "score": score})
+                 for a, b, scores in (("sentence1", "sentence2", ("score", "similarity_score", "label")),
+                                      ("sentence_A", "sentence_B", ("relatedness_score", "score")),
+                                      ("text1", "text2", ("score", "label")))
+                 for score in scores),
+    "labelled": tuple(Dialect(f"{text}-{label}", {"text": text, "label": label})
+                      for text in ("text", "sentence", "content", "query")
+                      for label in ("label_text", "label", "category", "intent")),
+}
+
+
+class Parsed(NamedTuple):
+    """A usable record, the dialect it was read by, and what was left out of it (counted in the manifest)."""
+
+    record: dict[str, Any]
+    dialect: str
+    dropped: Counter[str]
+
+
+def check_fields(kind: RecordKind, fields: Mapping[str, str]) -> None:
+    """Raises `ConfigError` when `kind` is unknown or `fields` maps a field that records of `kind` do not have."""
+    if kind not in KINDS:
+        raise ConfigError(f"unknown record kind {kind!r}; one of {', '.join(KINDS)}")
+    for name, column in fields.items():
+        if name not in KINDS[kind]:
+            raise ConfigError(f"fields maps {name!r}, but {kind} records have only {', '.join(KINDS[kind])}")
+        if not isinstance(column, str) or not column:
+            raise ConfigError(f"fields maps {name!r} to {column!r}; it must name a column, or a dotted path like answers.text.0")
+
+
+def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -> Parsed:
+    """One raw record of any accepted dialect -> a record of `kind`.
+
+    Args:
+        raw: what a reader gave: a dict of str, bytes (UTF-8), numbers, lists, dicts.
+        kind: a key of `KINDS`.
+        fields: our field name -> column or dotted path (`answers.text.0`), where the dialects do not fit.
+
+    Retrieval-shaped records read as `pair` give their first positive; sft-shaped records read as `pair` give
+    query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
+    equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`. With
+    scores the pool is sorted by falling score, so it is hardest first whatever the source did.
+
+    Raises:
+        Reject: the record cannot be used; nothing of it may be.
+    """
+    if not isinstance(raw, Mapping):
+        raise Reject("wrong_type", f"a record must be an object with named fields, found {type(raw).__name__}")
+    dialect, values = _choose(raw, kind, fields or {})
+    dropped: Counter[str] = Counter()
+    record = _BUILDERS[kind](values, dropped)
+    return Parsed(record, dialect, dropped)
+
+
+def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The dialect of a record and its values by our field names.
+
+    Once the first column of a dialect is present only dialects that begin with it are considered: a record with
+    `query`, `title` and `text` whose `pos` went missing is a reject, not a title-text pair.
+    """
+    columns = {dialect: {name: fields.get(name, column) for name, column in dialect.required.items()} for dialect in DIALECTS[kind]}
+    leading = {dialect: next((c for name, c in dialect.required.items() if name not in fields), None) for dialect in columns}
+    present = next((column for column in leading.values() if column is not None and _get(raw, column) is not None), None)
+    candidates = [dialect for dialect in columns if present is None or leading[dialect] == present]
+    for dialect in candidates:
+        values = {name: _get(raw, column) for name, column in columns[dialect].items()}
+        if any(value is None for value in values.values()):
+            continue
+        for name, alternatives in dialect.optional.items():
+            found = (_get(raw, column) for column in ((fields[name],) if name in fields else alternatives))
+            if (value := next((v for v in found if v is not None), None)) is not None:
+                values[name] = value
+        return dialect.name if leading[dialect] else "fields", values
+    wanted = " or ".join(dict.fromkeys(" + ".join(map(str, columns[dialect].values())) for dialect in candidates))
+    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; a {kind} record needs {wanted}")
+
+
+def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
+    """The value at a column, a dotted path, `negative*` or a `Join`; None where there is none."""
+    if isinstance(column, Join):
+        if raw.get(column[0]) is None:
+            return None
+        parts = [_text(raw[name], name, blank=True) for name in column if raw.get(name) is not None]
+        return "\n".join(part for part in parts if not is_blank(part))
+    if column in raw:
+        return raw[column]
+    if column.endswith("*"):
+        numbered = sorted((int(m.group(1) or -1), name) for name in raw if (m := re.fullmatch(re.escape(column[:-1]) + r"(?:_(\d+))?", name)))
+        found = [raw[name] for _, name in numbered if raw[name] not in (None, "", b"")]
+        flat = [item for value in found for item in (value if isinstance(value, list | tuple) else [value])]
+        return flat if numbered else None
+    value: Any = raw
+    for key in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+_BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+
+
+def is_blank(text: str) -> bool:
+    """True when `text` shows nothing: empty, or only white space and zero-width marks."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def _text(value: Any, name: str, blank: bool = False) -> str:
+    if isinstance(value, Mapping) and "text" in value:  # a passage: {title, text}
+        title = value.get("title")
+        body = _text(value["text"], f"{name}.text", blank)
+        title = "" if title is None else _text(title, f"{name}.title", blank=True)
+        return body if is_blank(title) else f"{title} {body}"
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Reject("invalid_utf8", f"{name}: {error.reason} at byte {error.start}") from None
+    if not isinstance(value, str):
+        raise Reject("wrong_type", f"{name} must be text, found {type(value).__name__}")
+    if "\0" in value:
+        raise Reject("nul", f"{name} holds a NUL character at {value.index(chr(0))}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Reject("invalid_utf8", f"{name}: a character at {error.start} cannot be written as UTF-8") from None
+    if not blank and is_blank(value):
+        raise Reject("empty_text", f"{name} is {'blank' if value else 'empty'}")
+    return value
+
+
+_FLOAT32_MAX = 3.4028234663852886e38  # scores are stored as float32
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [_text(item, f"{name}[{i}]") for i, item in enumerate(items)]
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bytes | str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise Reject("wrong_type", f"{name} must be a number, found {value[:40]!r}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Reject("wrong_type", f"{name} must be a number, found {type(value).__name__}")
+    if not abs(value) <= _FLOAT32_MAX:  # also true of NaN
+        raise Reject("wrong_type", f"{name} must be a finite number, found {str(value)[:40]}")
+    return float(value)
+
+
+def _same(a: str, b: str) -> bool:
+    return a.strip() == b.strip()
+
+
+def _build_text(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    return {"text": _text(values["text"], "text")}
+
+
+def _build_sft(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    instruction, extra = _text(values["instruction"], "instruction", blank=True), _text(values.get("input", ""), "input", blank=True)
+    if is_blank(instruction) and is_blank(extra):
+        raise Reject("empty_text", "instruction and input are both blank")
+    return {"instruction": instruction, "input": extra, "output": _text(values["output"], "output")}
+
+
+def _build_pair(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    query, pos = _text(values["query"], "query"), values["pos"]
+    if isinstance(pos, list | tuple):
+        if not pos:
+            raise Reject("missing_field", "pos is an empty list")
+        pos = pos[0]
+    pos = _text(pos, "pos")
+    if _same(query, pos):
+        raise Reject("positive_equals_query", f"pos is the query: {query[:80]!r}")
+    return {"query": query, "pos": pos, "instruction": _text(values.get("instruction", ""), "instruction", blank=True)}
+
+
+def _build_retrieval(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    query = _text(values["query"], "query")
+    if isinstance(values["pos"], list | tuple) and not values["pos"]:
+        raise Reject("missing_field", "pos is an empty list")
+    given = _texts(values["pos"], "pos")
+    for i, pos in enumerate(given):
+        if _same(query, pos):
+            raise Reject("positive_equals_query", f"pos[{i}] is the query: {query[:80]!r}")
+    positives = _distinct(given)
+    dropped["repeated_positive"] += len(given) - len(positives)
+
+    neg = values.get("neg", [])
+    pool = [] if isinstance(neg, str | bytes) and not neg.strip() else _texts(neg, "neg")
+    scores = values.get("scores", [])
+    scores = [_number(s, f"scores[{i}]") for i, s in enumerate(scores if isinstance(scores, list | tuple) else [scores])]
+    if scores and len(scores) != len(pool):
+        raise Reject("length_mismatch", f"{len(scores)} scores for {len(pool)} negatives")
+    order = sorted(range(len(pool)), key=lambda i: -scores[i]) if scores else range(len(pool))
+    taken = {query.strip(): "negative_equals_query"} | {pos.strip(): "negative_equals_positive" for pos in positives}
+    kept = []
+    for i in order:
+        if (why := taken.setdefault(pool[i].strip(), "")) == "":
+            taken[pool[i].strip()] = "repeated_negative"
+            kept.append(i)
+        else:
+            dropped[why] += 1
+    return {"query": query, "pos": positives, "neg": [pool[i] for i in kept], "scores": [scores[i] for i in kept if scores],
+            "instruction": _text(values.get("instruction", ""), "instruction", blank=True)}
+
+
+def _distinct(texts: list[str]) -> list[str]:
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(text.strip(), text)
+    return list(first.values())
+
+
+def _build_sts(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    return {"sentence1": _text(values["sentence1"], "sentence1"), "sentence2": _text(values["sentence2"], "sentence2"),
+            "score": _number(values["score"], "score")}
+
+
+def _build_labelled(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
+    label = values["label"]
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    return {"text": _text(values["text"], "text"), "label": _text(label, "label")}
+
+
+_BUILDERS = {"text": _build_text, "sft": _build_sft, "pair": _build_pair, "retrieval": _build_retrieval,
+             "sts": _build_sts, "labelled": _build_labelled}
