@@ -1,0 +1,90 @@
+"""What must be known of a whole dataset before its first batch: token lengths (for buckets), labels (for classes)."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.transforms import as_pair, count_tokens, instruction_of
+
+_BLOCK = 4096
+
+
+class Labels:
+    """The classes of a labelled dataset: `names[of[i]]` is the label of record i; `members(c)` are the records of class c."""
+
+    def __init__(self, names: Sequence[str], of: Int32[np.ndarray, "N"]) -> None:
+        self.names, self.of = list(names), of
+        self.by_class = np.argsort(of, kind="stable")
+        self.starts = np.searchsorted(of[self.by_class], np.arange(len(self.names) + 1))
+
+    def members(self, label: int) -> np.ndarray:
+        """Record numbers of one class, in order."""
+        return self.by_class[self.starts[label] : self.starts[label + 1]]
+
+    def outside(self, label: int, places: np.ndarray) -> np.ndarray:
+        """The records at `places` of the list of all records that are not of class `label`."""
+        start, stop = self.starts[label], self.starts[label + 1]
+        return self.by_class[np.where(places < start, places, places + stop - start)]
+
+
+def pair_lengths(
+    source: Sequence[Any], kind: str, instruction: str, tokenizer: Tokenizer, cache: Path | None = None,
+) -> Int32[np.ndarray, "N 2"]:
+    """Tokens of query (prompt included) and positive of each record, EOS included; the longest positive where there are several.
+
+    `cache` is a file that is read when it exists and written, whole or not at all, when it does not.
+    """
+    def compute() -> dict[str, np.ndarray]:
+        lengths = np.zeros((len(source), 2), np.int32)
+        for start, records in _blocks(source):
+            here = slice(start, start + len(records))
+            queries = [as_pair(kind, r)[0] for r in records]
+            lengths[here, 0] = count_tokens(tokenizer, queries, [instruction_of(kind, r, instruction) for r in records], os.cpu_count() or 1)
+            positives = [r["pos"] if kind == "retrieval" else [as_pair(kind, r)[1]] for r in records]
+            flat = count_tokens(tokenizer, [p for group in positives for p in group], [""] * sum(map(len, positives)), os.cpu_count() or 1)
+            lengths[here, 1] = np.maximum.reduceat(flat, np.cumsum([0] + [len(group) for group in positives[:-1]]))
+        return {"lengths": lengths}
+
+    return _cached(cache, compute)["lengths"]
+
+
+def labels(source: Sequence[Any], cache: Path | None = None) -> Labels:
+    """The classes of `source`, names in sorted order."""
+    def compute() -> dict[str, np.ndarray]:
+        found = [record["label"] for _, records in _blocks(source) for record in records]
+        names = sorted(set(found))
+        number = {name: i for i, name in enumerate(names)}
+        return {"of": np.array([number[label] for label in found], np.int32),
+                "names": np.frombuffer(json.dumps(names).encode(), np.uint8)}
+
+    arrays = _cached(cache, compute)
+    return Labels(json.loads(arrays["names"].tobytes()), arrays["of"])
+
+
+def _blocks(source: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
+    for start in range(0, len(source), _BLOCK):
+        yield start, [source[i] for i in range(start, min(start + _BLOCK, len(source)))]
+
+
+def _cached(cache: Path | None, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if cache is not None and cache.is_file():
+        with np.load(cache, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    arrays = compute()
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, cache)
+    return arrays

@@ -1,0 +1,151 @@
+"""The global batch at step t, as fixed-shape arrays, for every kind of stage.
+
+`batch(t)` depends on (config, seed, t) alone, so a run resumes from its step number and any number of hosts sees the
+same global batch. Text is tokenised here, in the threads that read ahead; language-model rows were packed before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from conan_jax import config
+from conan_jax.data import feeds, indexes, mixture
+from conan_jax.data.folders import content_fingerprint, dataset_folder, fingerprint, index_file, packed_folder
+from conan_jax.data.packing import open_packed
+from conan_jax.data.sources import open_source
+from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.transforms import PAIR_KINDS, Batch, stable_seed
+from conan_jax.errors import ConfigError
+
+SINGLE = ""  # the name of the only task of a stage that has no tasks
+_THREADS, _AHEAD = 2, 8  # batches are large: two threads keep far ahead of a training step
+
+
+class Pipeline:
+    """Batches of one stage (docs/ARCHITECTURE.md, "Batches"), this host's slice of each.
+
+    Args:
+        run: the recipe; its datasets and packed rows must be prepared in `run.data_dir`.
+        stage: one of `run.stages`.
+        tokenizer: the tokenizer of the run.
+        host_index, host_count: which contiguous part of every global batch this process gets.
+        sources: random-access sources by dataset name, instead of the prepared ones.
+
+    Raises:
+        ConfigError: a dataset of the wrong kind, weights for some datasets only, hosts that do not divide a batch.
+        DataError: data that is missing or damaged, or a dataset smaller than one global batch (both numbers named).
+    """
+
+    def __init__(
+        self, run: config.Run, stage: config.AnyStage, tokenizer: Tokenizer, *,
+        host_index: int = 0, host_count: int = 1, sources: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        self._run, self._stage, self._tokenizer = run, stage, tokenizer
+        self._hosts = {"host_index": host_index, "host_count": host_count}
+        self._sources = dict(sources or {})
+        match stage:
+            case config.LMStage():
+                self._feeds = {SINGLE: self._packed(stage)}
+            case config.WeakStage():
+                self._feeds = {SINGLE: self._pairs(stage.datasets, stage.global_batch_size, stage.buckets)}
+            case config.SupervisedStage():
+                self._feeds = {task.name: self._task(stage, task) for task in stage.tasks}
+            case config.CustomStage():
+                self._feeds = {SINGLE: self._custom(stage)}
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Examples of each task, over all its datasets; every id is below. The only task of other stages is ""."""
+        return {name: feed.num_examples for name, feed in self._feeds.items()}
+
+    def batch(self, step: int) -> Batch:
+        """This host's slice of the global batch at `step`. Safe to call from many threads."""
+        if SINGLE in self._feeds:
+            return self._feeds[SINGLE].batch(step)
+        return {name: feed.batch(step) for name, feed in self._feeds.items()}
+
+    def iterate(self, start: int) -> Iterator[Batch]:
+        """`batch(start)`, `batch(start + 1)`, ... without end, made ahead of time by threads."""
+        ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+        return iter(grain.MapDataset.range(start, sys.maxsize).map(self.batch).to_iter_dataset(ahead))
+
+    def _packed(self, stage: config.LMStage) -> feeds.Feed:
+        owner = f"stage {stage.name!r}"
+        sources = [self._sources.get(mix.dataset) or open_packed(packed_folder(self._run, stage.name, mix.dataset)) for mix in stage.datasets]
+        members = self._members(stage.datasets, sources, SINGLE)
+        streams = self._streams(members, mixture.shares(stage.datasets, [len(s) for s in sources], owner), stage.global_batch_size, owner)
+        return feeds.Feed(members, mixture.Schedule(streams, stage.global_batch_size, **self._hosts), feeds.collate_packed)
+
+    def _pairs(self, mixes: Sequence[config.Mix], size: int, buckets: Sequence[config.Bucket]) -> feeds.Feed:
+        owner = f"stage {self._stage.name!r}"
+        members = self._opened(mixes, SINGLE, owner, PAIR_KINDS)
+        streams = self._streams(members, mixture.shares(mixes, [len(m.source) for m in members], owner), size, owner)
+        if len(buckets) > 1:
+            streams = [part for stream in streams for part in self._bucketed(stream, members[stream.dataset], buckets, size)]
+        return feeds.Feed(members, mixture.Schedule(streams, size, **self._hosts), feeds.collate_pairs(self._tokenizer, buckets))
+
+    def _task(self, stage: config.SupervisedStage, task: config.Task) -> feeds.Feed:
+        owner = f"task {task.name!r} of stage {stage.name!r}"
+        kinds, collate = {
+            "retrieval": (PAIR_KINDS, lambda: feeds.collate_retrieval(self._tokenizer, task.bucket, stage.hard_negatives)),
+            "classification": (("labelled",), lambda: feeds.collate_classification(self._tokenizer, task)),
+            "sts": (("sts",), lambda: feeds.collate_sts(self._tokenizer, task.bucket)),
+        }[task.kind]
+        members = self._opened(task.datasets, task.name, owner, kinds)
+        streams = self._streams(members, mixture.shares(task.datasets, [len(m.source) for m in members], owner), task.global_batch_size, owner)
+        return feeds.Feed(members, mixture.Schedule(streams, task.global_batch_size, **self._hosts), collate())
+
+    def _custom(self, stage: config.CustomStage) -> feeds.Feed:
+        needed = ("global_batch_size", "query_length", "passage_length")
+        missing = [name for name in needed if not isinstance(stage.options.get(name), int)]
+        if missing or not stage.datasets:
+            raise ConfigError(f"stage {stage.name!r} of kind {stage.kind!r} gets batches of pairs: give it datasets, and in options the "
+                              f"numbers {', '.join(missing or needed)}")
+        size, query_length, passage_length = (stage.options[name] for name in needed)
+        return self._pairs(stage.datasets, size, [config.Bucket(query_length, passage_length)])
+
+    def _opened(self, mixes: Sequence[config.Mix], task: str, owner: str, kinds: Sequence[str]) -> list[feeds.Member]:
+        for mix in mixes:
+            kind = self._run.dataset(mix.dataset).kind
+            if kind not in kinds:
+                raise ConfigError(f"{owner} needs records of kind {' or '.join(kinds)}, but dataset {mix.dataset!r} is of kind {kind}")
+        return self._members(mixes, [self._open(mix.dataset) for mix in mixes], task)
+
+    def _open(self, name: str) -> Sequence[Any]:
+        if name not in self._sources:
+            self._sources[name] = open_source(dataset_folder(self._run, name))
+        return self._sources[name]
+
+    def _members(self, mixes: Sequence[config.Mix], sources: Sequence[Sequence[Any]], task: str) -> list[feeds.Member]:
+        members, offset = [], 0
+        for mix, source in zip(mixes, sources):
+            dataset = self._run.dataset(mix.dataset)
+            labels = indexes.labels(source, self._cache(mix.dataset, source, "labels")) if dataset.kind == "labelled" else None
+            # Stage, task and dataset are in the seed: two uses of the same records do not go through them in the same order.
+            seed = stable_seed(self._run.seed, self._stage.name, task, mix.dataset)
+            members.append(feeds.Member(mix.dataset, dataset.kind, source, dataset.instruction, offset, seed, labels))
+            offset += len(source)
+        return members
+
+    def _streams(self, members: Sequence[feeds.Member], weights: Sequence[float], size: int, owner: str) -> list[mixture.Stream]:
+        for member in members:
+            mixture.check_size(len(member.source), size, member.name, owner)
+        return [mixture.Stream(i, 0, len(m.source), weight, m.seed) for i, (m, weight) in enumerate(zip(members, weights))]
+
+    def _bucketed(self, stream: mixture.Stream, member: feeds.Member, buckets: Sequence[config.Bucket], size: int) -> list[mixture.Stream]:
+        cache = self._cache(member.name, member.source, "lengths", tokenizer=self._tokenizer.sha256, instruction=member.instruction)
+        lengths = indexes.pair_lengths(member.source, member.kind, member.instruction, self._tokenizer, cache)
+        groups = mixture.assign_buckets(lengths, [(b.query_length, b.passage_length) for b in buckets], size)
+        return [
+            mixture.Stream(stream.dataset, bucket, len(records), stream.weight * len(records) / stream.size, stable_seed(stream.seed, bucket), records)
+            for bucket, records in groups.items()
+        ]
+
+    def _cache(self, name: str, source: Sequence[Any], what: str, **parts: str) -> Any:
+        manifest = getattr(source, "manifest", None)
+        return manifest and index_file(self._run, name, what, fingerprint(content=content_fingerprint(manifest), what=what, **parts))
