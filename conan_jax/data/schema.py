@@ -6,6 +6,7 @@ that is counted. Nothing in between: a record with one bad field is not used at 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -50,8 +51,11 @@ class Reject(Exception):
         self.reason, self.detail, self.raw = reason, detail, raw
 
 
-class Join(tuple):
-    """Columns whose non-blank texts are joined by a newline."""
+class Join(tuple[str, ...]):
+    """Columns whose non-blank texts are joined by a newline; the first must be there."""
+
+    def __str__(self) -> str:
+        return f"{self[0]}[/{'/'.join(self[1:])}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,57 +151,82 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -
 
     Retrieval-shaped records read as `pair` give their first positive; sft-shaped records read as `pair` give
     query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
-    equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`. With
-    scores the pool is sorted by falling score, so it is hardest first whatever the source did.
+    equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`; so is an
+    optional field (`no_neg`) whose column in `fields` is not there. With scores the pool is sorted by falling score, so it is hardest first whatever the source did.
 
     Raises:
         Reject: the record cannot be used; nothing of it may be.
     """
     if not isinstance(raw, Mapping):
         raise Reject("wrong_type", f"a record must be an object with named fields, found {type(raw).__name__}")
-    dialect, values = _choose(raw, kind, fields or {})
     dropped: Counter[str] = Counter()
+    dialect, values = _choose(raw, kind, fields or {}, dropped)
     record = _BUILDERS[kind](values, dropped)
     return Parsed(record, dialect, dropped)
 
 
-def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str], dropped: Counter[str]) -> tuple[str, dict[str, Any]]:
     """The dialect of a record and its values by our field names.
 
     Once the first column of a dialect is present only dialects that begin with it are considered: a record with
     `query`, `title` and `text` whose `pos` went missing is a reject, not a title-text pair.
     """
-    columns = {dialect: {name: fields.get(name, column) for name, column in dialect.required.items()} for dialect in DIALECTS[kind]}
-    leading = {dialect: next((c for name, c in dialect.required.items() if name not in fields), None) for dialect in columns}
-    present = next((column for column in leading.values() if column is not None and _get(raw, column) is not None), None)
-    candidates = [dialect for dialect in columns if present is None or leading[dialect] == present]
-    for dialect in candidates:
-        values = {name: _get(raw, column) for name, column in columns[dialect].items()}
-        if any(value is None for value in values.values()):
+    groups = _dialects(kind, tuple(fields.items()))
+    present = next((group for group in groups if group[0].leading is None or group[0].leading in raw), None)
+    for mapped in present or ():
+        values = {name: _get(raw, column) for name, column in mapped.required}
+        if None in values.values():
             continue
-        for name, alternatives in dialect.optional.items():
-            found = (_get(raw, column) for column in ((fields[name],) if name in fields else alternatives))
-            if (value := next((v for v in found if v is not None), None)) is not None:
-                values[name] = value
-        return dialect.name if leading[dialect] else "fields", values
-    wanted = " or ".join(dict.fromkeys(" + ".join(map(str, columns[dialect].values())) for dialect in candidates))
-    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; a {kind} record needs {wanted}")
+        for name, alternatives in mapped.optional:
+            for column in alternatives:
+                if (value := _get(raw, column)) is not None:
+                    values[name] = value
+                    break
+            else:
+                dropped[f"no_{name}"] += name in fields
+        return mapped.name, values
+    wanted = " or ".join(dict.fromkeys(" + ".join(str(c) for _, c in mapped.required) for group in ([present] if present else groups) for mapped in group))
+    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; {kind} records need {wanted}")
+
+
+class _Mapped(NamedTuple):
+    """A dialect under a user's `fields`; `leading` is its first column that `fields` leaves to it."""
+
+    name: str
+    leading: str | None
+    required: list[tuple[str, str | Join]]
+    optional: list[tuple[str, tuple[str, ...]]]
+
+
+@functools.lru_cache
+def _dialects(kind: RecordKind, fields: tuple[tuple[str, str], ...]) -> list[list[_Mapped]]:
+    """The dialects of a kind in the order they are tried, those with one leading column together."""
+    given = dict(fields)
+    groups: dict[str | None, list[_Mapped]] = {}
+    for dialect in DIALECTS[kind]:
+        leading = next((c[0] if isinstance(c, Join) else c for name, c in dialect.required.items() if name not in given), None)
+        required = [(name, given.get(name, column)) for name, column in dialect.required.items()]
+        optional = [(name, (given[name],) if name in given else columns) for name, columns in dialect.optional.items()]
+        groups.setdefault(leading, []).append(_Mapped(dialect.name if leading else "fields", leading, required, optional))
+    return list(groups.values())
 
 
 def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
     """The value at a column, a dotted path, `negative*` or a `Join`; None where there is none."""
+    if column in raw:
+        return raw[column]
     if isinstance(column, Join):
         if raw.get(column[0]) is None:
             return None
         parts = [_text(raw[name], name, blank=True) for name in column if raw.get(name) is not None]
         return "\n".join(part for part in parts if not is_blank(part))
-    if column in raw:
-        return raw[column]
     if column.endswith("*"):
         numbered = sorted((int(m.group(1) or -1), name) for name in raw if (m := re.fullmatch(re.escape(column[:-1]) + r"(?:_(\d+))?", name)))
         found = [raw[name] for _, name in numbered if raw[name] not in (None, "", b"")]
         flat = [item for value in found for item in (value if isinstance(value, list | tuple) else [value])]
         return flat if numbered else None
+    if "." not in column:
+        return None
     value: Any = raw
     for key in column.split("."):
         if isinstance(value, Mapping):

@@ -12,9 +12,8 @@ import tensorflow_datasets as tfds
 from conan_jax.config import RecordKind
 from conan_jax.data import example
 from conan_jax.data.manifest import Manifest, read_manifest, verify
+from conan_jax.data.shards import SPLIT
 from conan_jax.errors import DataError
-
-SPLIT = "train"
 
 
 class Source:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,21 +27,34 @@ def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterat
     """
     name, split = split_source(source)
     try:
-        if os.path.isabs(name):
-            builder = tfds.builder_from_directory(name)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-            builder.download_and_prepare(file_format="array_record")
+        builder = open_builder(name, data_dir)
+        if not builder.is_prepared():
+            with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; our stdout may be read by a program
+                builder.download_and_prepare(file_format="array_record")
         examples = builder.as_data_source(split)
     except NotImplementedError as error:
-        raise DataError(f"{source} is stored in a format without random access; prepare it again with "
-                        f"tfds.builder({name!r}).download_and_prepare(file_format='array_record') in another data_dir ({error})") from None
-    except Exception as error:  # TFDS raises many unrelated types: not found, no network, checksum, missing dependency
-        raise DataError(f"{source} cannot be opened by TFDS ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}); "
-                        "check the name, the split and the network") from None
+        raise DataError(f"{source} is stored in a format without random access ({error}); prepare it in another TFDS_DATA_DIR: "
+                        f"`tfds build {name} --file_format=array_record`") from None
+    except ImportError as error:
+        raise DataError(f"TFDS needs {error.name} to prepare {source}, once; install it and run `tfds build {name} --file_format=array_record`, "
+                        "then this command again") from None
+    except Exception as error:  # TFDS raises many unrelated types: not found, no network, checksum
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"{source} cannot be opened by TFDS ({type(error).__name__}: {said}); check the name, the split and the network") from None
     convert = _converter(builder.info.features)
     for i in range(len(examples)):
         yield Item(f"{source}[{i}]", convert(examples[i]), before + i + 1)
+
+
+def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a name, or of a folder given by its absolute path. Nothing is downloaded yet."""
+    if os.path.isabs(name):
+        return tfds.builder_from_directory(name)
+    for room in ("text", "question_answering", "summarization", "translate"):
+        # TFDS imports all of its rooms in one go and stops at the first (audio) that wants tensorflow.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{room}")
+    return tfds.builder(name, data_dir=data_dir, try_gcs=False)
 
 
 def split_source(source: str) -> tuple[str, str]:
