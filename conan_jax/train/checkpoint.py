@@ -10,12 +10,13 @@ A step exists once orbax has committed it; what a killed save leaves behind is n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
@@ -66,14 +67,14 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, metadata: dict[str, Any]) -> None:
         self.folder, self._metadata = folder, metadata
         with _explained(f"opening {folder / 'checkpoints'} for writing"):
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._manager = _manager(folder, max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
 
     def save(self, step: int, state: TrainState) -> None:
         """Start writing `state` under `step`; returns when the arrays may be overwritten. A step already there is kept."""
         if step in self._manager.all_steps():
             return
-        rest = {name: getattr(state, name) for name in ("step", "opt_state", "carry", "skipped", "skipped_in_row")}
-        items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(rest),
+        items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(_train_item(state)),
                                    metadata=ocp.args.JsonSave(dict(self._metadata, step=step)))
         with _explained(f"saving step {step} in {self.folder}"):
             self._manager.save(step, args=items)
@@ -129,13 +130,34 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
 
 
 def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
-    """The whole state, onto the shardings of `abstract` (of another mesh than it was saved from, if need be)."""
-    rest = {name: getattr(abstract, name) for name in ("step", "opt_state", "carry", "skipped", "skipped_in_row")}
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(rest))
-    with _reader(folder) as manager, _explained(f"resuming from {folder} step {step} (did the optimizer, the data or the stage change? "
-                                                "then choose another output_dir)"):
-        restored = manager.restore(step, args=items)
+    """The whole state, onto the shardings of `abstract` (of another mesh than it was saved from, if need be).
+
+    Raises `CheckpointError` naming the arrays whose presence, shape or dtype differs.
+    """
+    wanted = {"params": abstract.params, "train": _train_item(abstract)}
+    with _reader(folder) as manager, _explained(f"resuming from {folder} step {step}"):
+        differing = _differences(manager.item_metadata(step), wanted)
+        if differing:
+            raise CheckpointError(f"{folder} step {step} does not fit this run: {'; '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. "
+                                  "Did the data, the optimizer or the stage change? Change it back, or use another output_dir")
+        restored = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}))
     return TrainState(params=restored["params"], **restored["train"])
+
+
+def _train_item(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("step", "opt_state", "carry", "skipped", "skipped_in_row")}
+
+
+def _differences(stored: Mapping[str, Any], wanted: dict[str, Any]) -> list[str]:
+    there, here = _described({name: stored[name] for name in wanted}), _described(wanted)
+    return [f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """`{"train.carry.s0": "float32[16]"}`"""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): f"{np.dtype(a.dtype).name}{list(a.shape)}"
+            for path, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,9 @@ def train_stage(run: config.Run, stage_config: config.Stage, *, stage: Stage, em
 
         for step in range(first + 1, stage_config.steps + 1):
             began = time.perf_counter()
-            batch = sharding.global_batch(next(batches), mesh)
+            batch = next(batches)
             recorder.meter.waited(time.perf_counter() - began)
-            current, step_metrics = train_step(current, batch)
+            current, step_metrics = train_step(current, sharding.global_batch(batch, mesh))
             late.put(step, step_metrics)
             asked_to_stop = step < stage_config.steps and stop()
             if step == stage_config.steps or step % stage_config.checkpoint_every == 0 or asked_to_stop:
