@@ -1,0 +1,145 @@
+"""The demo's corpus: every record kind of the recipe, from the documentation installed on the user's machine.
+
+`build_corpus(out_dir)` reads the standard library and the installed packages (`docstring_reader`), holds whole modules out and
+writes, beside the held-out BEIR folder `eval/`:
+
+    text.jsonl       text: heading and documentation, for next-token training
+    sft.jsonl        instruction, input, output: "describe this" from a signature, "summarise this" from a body
+    pairs.jsonl      query, pos: summary -> body
+    names.jsonl      query, pos: the words of a qualified name -> its documentation
+    cloze.jsonl      query, pos: a sentence of a body -> the body without it
+    retrieval.jsonl  query, pos [body], neg: bodies that BM25 ranks high for the summary, hardest first
+    sts.jsonl        sentence1, sentence2, score: summaries of one class 5, one module 3.5, one package 1.5, else 0
+    labelled.jsonl   text, label: documentation and the package area it belongs to
+    search.jsonl     id, text, summary, module: the public objects that `conan search` answers with
+
+Records stand in a fixed pseudo-random order (by hash), so the first n of a file are a fair sample of it. Nothing depends on
+where the packages lie. A folder whose `corpus.json` carries the same fingerprint is left as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conan_jax.data import docstring_reader, docstring_records, docstring_selection, docstring_text
+from conan_jax.data.docstring_reader import default_roots, find_modules, read_docstrings
+from conan_jax.data.docstring_selection import balance, deduplicate, evaluation_set, hold_out
+from conan_jax.errors import DataError
+
+MANIFEST = "corpus.json"
+STS_SCORES = {"class": 5.0, "module": 3.5, "package": 1.5, "other": 0.0}
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Sizes of the corpus. Lengths are in characters."""
+
+    max_per_package: int = 2500
+    held_out_percent: int = 12  # of the modules
+    document_chars: int = 1000
+    pool_size: int = 24
+    pool_document_chars: int = 500
+    max_queries: int = 700
+    max_documents: int = 2000
+    sts_pairs: int = 8000
+    label_size: tuple[int, int] = (60, 300)  # records an area must have to be a label, and keeps at most
+    max_search: int = 12_000
+    search_chars: int = 300
+
+
+def build_corpus(
+    out_dir: str | os.PathLike[str],
+    roots: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    options: CorpusOptions = CorpusOptions(),
+    processes: int = 2,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, int]:
+    """Write the corpus into `out_dir` and return its counts (records per file, files read and skipped).
+
+    `roots` are folders of Python packages; None takes the running environment's. Files appear whole (written aside, then
+    renamed) and the manifest last, so an interrupted build is simply done again and a finished one is reused.
+    Raises `DataError` when a root is no folder or documents too little to hold modules out.
+    """
+    out = Path(out_dir)
+    roots = default_roots() if roots is None else [Path(r) for r in roots]
+    fingerprint = _fingerprint(roots, options)
+    done = _finished(out, fingerprint)
+    if done is not None:
+        return done
+
+    progress("reading documentation strings")
+    found, counts = read_docstrings(roots, processes=processes)
+    docs = balance(deduplicate(found), options.max_per_package)
+    train, held_out = hold_out(docs, options.held_out_percent)
+    evaluation = evaluation_set(train, held_out, document_chars=options.document_chars, max_queries=options.max_queries,
+                                max_documents=options.max_documents)
+    if not evaluation["queries.jsonl"]:
+        raise DataError(f"only {len(docs)} documented objects under {', '.join(map(str, roots))}: too few to hold modules out")
+
+    progress("writing records")
+    records = {
+        "text": docstring_records.texts(train),
+        "sft": docstring_records.instructions(train),
+        "pairs": docstring_records.summary_pairs(train, options.document_chars),
+        "names": docstring_records.name_pairs(train, options.document_chars),
+        "cloze": docstring_records.cloze_pairs(train, options.document_chars),
+        "retrieval": docstring_records.hard_negative_pools(train, options.pool_size, options.pool_document_chars),
+        "sts": docstring_records.graded_pairs(train, options.sts_pairs, STS_SCORES),
+        "labelled": docstring_records.labelled(train, options.label_size, options.document_chars),
+        "search": docstring_records.search_documents(docs, options.max_search, options.search_chars),
+    }
+    hashes = {}
+    for name, items in records.items():
+        lines = [json.dumps(item, ensure_ascii=False) for item in items]
+        counts[name] = len(lines)
+        hashes[f"{name}.jsonl"] = _write(out / f"{name}.jsonl", lines)
+    for name, lines in evaluation.items():
+        hashes[f"eval/{name}"] = _write(out / "eval" / name, lines)
+    counts |= {"eval_queries": len(evaluation["queries.jsonl"]), "eval_documents": len(evaluation["corpus.jsonl"]),
+               "held_out_modules": len({d.module for d in held_out})}
+    manifest = {"fingerprint": fingerprint, "counts": counts, "sha256": hashes}
+    _write(out / MANIFEST, [json.dumps(manifest, indent=2, sort_keys=True)])
+    return counts
+
+
+def _fingerprint(roots: Sequence[Path], options: CorpusOptions) -> str:
+    """Identity of a corpus: its settings, the code that makes it, and the names and sizes of the modules read."""
+    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    for module in (docstring_reader, docstring_text, docstring_selection, docstring_records, sys.modules[__name__]):
+        digest.update(Path(module.__file__).read_bytes())
+    for name, path in find_modules(roots):
+        digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _finished(out: Path, fingerprint: str) -> dict[str, int] | None:
+    """The counts of a complete, unaltered corpus with this fingerprint; None when it must be built."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["fingerprint"] == fingerprint and all(_sha256(out / n) == h for n, h in manifest["sha256"].items()):
+            return manifest["counts"]
+    except (OSError, ValueError, KeyError):
+        pass
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, lines: Iterable[str]) -> str:
+    """Write `lines` beside `path`, rename into place, and return their sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(f"{line}\n" for line in lines).encode()
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
+    return hashlib.sha256(data).hexdigest()
