@@ -82,7 +82,7 @@ def find_modules(roots: Iterable[Path]) -> list[tuple[str, Path]]:
             for file in files:
                 stem, extension = os.path.splitext(file)
                 path = Path(folder, file)
-                if extension != ".py" or not stem.isidentifier() or stem.startswith(UNREAD_MODULES):
+                if extension != ".py" or not stem.isidentifier() or stem.startswith(UNREAD_MODULES) or stem.endswith("_test"):
                     continue
                 parts = [*path.relative_to(root).parts[:-1], *([] if stem == "__init__" else [stem])]
                 if parts and parts[0] != OWN_PACKAGE and path.stat().st_size <= MAX_FILE_BYTES:

@@ -75,14 +75,14 @@ def cloze_pairs(docs: Sequence[Doc], document_chars: int) -> Iterator[Record]:
             yield {"query": parts[chosen], "pos": shorten(rest, document_chars)}
 
 
-def hard_negative_pools(docs: Sequence[Doc], pool_size: int, document_chars: int) -> Iterator[Record]:
-    """Summary, body, and the bodies that BM25 ranks highest for the summary, hardest first.
+def hard_negative_pools(docs: Sequence[Doc], pools: int, pool_size: int, document_chars: int) -> Iterator[Record]:
+    """Summary, body, and the bodies that BM25 ranks highest for the summary, hardest first, for the first `pools` askable objects.
 
     Never in a pool: the positive, an equal text, the body of an object of the same name or with the same summary (these answer the
     query as well as the positive does).
     """
     held = [(doc, body) for doc in docs if (body := document_of(doc, document_chars))]
-    askers = [i for i, (doc, _) in enumerate(held) if is_query(doc)]
+    askers = [i for i, (doc, _) in enumerate(held) if is_query(doc)][:pools]
     if len(held) < 2 or not askers:
         return
     index = bm25s.BM25()

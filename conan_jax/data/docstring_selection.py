@@ -12,7 +12,6 @@ from conan_jax.data.docstring_reader import Doc
 from conan_jax.data.docstring_text import fingerprint_text, one_line, shorten
 
 
-
 def key(*parts: object) -> str:
     """A hash that orders and splits: the same on every machine and run."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
@@ -63,10 +62,8 @@ def is_query(doc: Doc) -> bool:
 
 def document_of(doc: Doc, limit: int) -> str:
     """The body as one line; "" when it is too short to answer anything or repeats the summary."""
-    body = one_line(doc.body)
-    if len(body) < 60 or fingerprint_text(doc.summary) in fingerprint_text(body):
-        return ""
-    return shorten(body, limit)
+    body = shorten(one_line(doc.body), limit)
+    return "" if len(body) < 60 or fingerprint_text(doc.summary) in fingerprint_text(body) else body
 
 
 def _shingles(text: str, width: int = 8) -> set[int]:
@@ -82,7 +79,7 @@ def evaluation_set(
     Left out: queries that several objects share, and documents more than half of whose 8-word sequences also stand in a training text.
     """
     shared = Counter(fingerprint_text(d.summary) for d in [*train, *held_out])
-    trained = set().union(*(_shingles(d.body) for d in train))
+    trained = set().union(*(_shingles(shorten(d.body, 2 * document_chars)) for d in train))
     documents: dict[str, Doc] = {}
     for doc in held_out:
         text = document_of(doc, document_chars)

@@ -43,7 +43,8 @@ class CorpusOptions:
     max_per_package: int = 2500
     held_out_percent: int = 12  # of the modules
     document_chars: int = 1000
-    pool_size: int = 24
+    pools: int = 8000
+    pool_size: int = 16
     pool_document_chars: int = 500
     max_queries: int = 700
     max_documents: int = 2000
@@ -90,7 +91,7 @@ def build_corpus(
         "pairs": docstring_records.summary_pairs(train, options.document_chars),
         "names": docstring_records.name_pairs(train, options.document_chars),
         "cloze": docstring_records.cloze_pairs(train, options.document_chars),
-        "retrieval": docstring_records.hard_negative_pools(train, options.pool_size, options.pool_document_chars),
+        "retrieval": docstring_records.hard_negative_pools(train, options.pools, options.pool_size, options.pool_document_chars),
         "sts": docstring_records.graded_pairs(train, options.sts_pairs, STS_SCORES),
         "labelled": docstring_records.labelled(train, options.label_size, options.document_chars),
         "search": docstring_records.search_documents(docs, options.max_search, options.search_chars),
