@@ -183,7 +183,8 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
                     values[name] = value
                     break
             else:
-                dropped[f"no_{name}"] += name in fields
+                if name in fields:
+                    dropped[f"no_{name}"] += 1
         return mapped.name, values
     wanted = " or ".join(dict.fromkeys(" + ".join(str(c) for _, c in mapped.required) for group in ([present] if present else groups) for mapped in group))
     raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; {kind} records need {wanted}")
@@ -327,7 +328,8 @@ def _build_retrieval(values: dict[str, Any], dropped: Counter[str]) -> dict[str,
         if _same(query, pos):
             raise Reject("positive_equals_query", f"pos[{i}] is the query: {query[:80]!r}")
     positives = _distinct(given)
-    dropped["repeated_positive"] += len(given) - len(positives)
+    if len(positives) < len(given):
+        dropped["repeated_positive"] += len(given) - len(positives)
 
     neg = values.get("neg", [])
     pool = [] if isinstance(neg, str | bytes) and not neg.strip() else _texts(neg, "neg")

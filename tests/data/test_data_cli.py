@@ -1,0 +1,83 @@
+"""`conan data build` and `conan data inspect`, as a person and as a program would use them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from conan_jax.cli.data import app
+from conan_jax.data.sources import open_source
+from conan_jax.errors import ConfigError, DataError
+
+CSV = "title,body\nfirst,one\nsecond,two\nthird,three\n"
+
+
+def conan(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(CSV)
+    return path
+
+
+def test_build_with_fields_then_inspect(tmp_path, csv):
+    out = tmp_path / "my set"
+    said = conan("build", csv, "--kind", "pair", "--field", "query=title", "--field", "pos=body", "--out", out)
+    assert "3" in said and "pair" in said
+    assert open_source(out)[1] == {"query": "second", "pos": "two", "instruction": ""}
+    shown = conan("inspect", out, "--head", "2", "--verify")
+    assert "second" in shown and "third" not in shown and "shards match" in shown
+
+
+def test_json_is_the_manifest_and_nothing_else(tmp_path, csv):
+    manifest = json.loads(conan("build", csv, csv, "--kind", "pair", "--out", tmp_path / "out", "--num-shards", "2", "--json"))
+    assert manifest["records"] == 3 and len(manifest["shards"]) == 2 and manifest["dialects"] == {"title-body": 3}
+    inspected = json.loads(conan("inspect", tmp_path / "out", "--json", "--head", "1"))
+    assert inspected.pop("head") == [{"query": "first", "pos": "one", "instruction": ""}] and inspected == manifest
+
+
+def test_rejects_are_pointed_to(tmp_path, csv):
+    csv.write_text(CSV + "fourth,\n")
+    with pytest.raises(DataError, match="1 of the 4 .* 1 empty_text"):
+        conan("build", csv, "--kind", "pair", "--out", tmp_path / "out")
+    said = conan("build", csv, "--kind", "pair", "--out", tmp_path / "out", "--max-reject-rate", "0.3")
+    assert "1 bad records" in said and "25.00%" in said
+    assert conan("build", csv, "--kind", "pair", "--out", tmp_path / "out", "--limit", "2", "--json").count("empty_text") == 0
+
+
+def test_preset_from_a_file_with_an_override(tmp_path, csv):
+    presets = tmp_path / "p.yaml"
+    presets.write_text(f"mine: {{kind: pair, source: '{csv}', fields: {{query: body, pos: title}}, limit: 1}}")
+    conan("build", "--preset", "mine", "--presets", presets, "--out", tmp_path / "out", "--limit", "2")
+    assert [r["query"] for r in open_source(tmp_path / "out")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--kind", "pair"], "name at least one SOURCE"), (["a.csv"], "say what the records are"), (["a.csv", "--kind", "pears"], "unknown record kind"),
+    (["a.csv", "--kind", "pair", "--field", "query"], "must be OURS=COLUMN"), (["a.csv", "--kind", "pair", "--field", "q=title"], "fields maps 'q'"),
+    (["--preset", "stbs"], "did you mean stsb"), (["a.csv", "--kind", "pair", "--limit", "0"], "limit must be positive"),
+    (["a.csv", "--kind", "pair", "--max-reject-rate", "7"], "max_reject_rate")])
+def test_mistakes_say_what_to_do(tmp_path, args, said):
+    with pytest.raises(ConfigError, match=said):
+        conan("build", *args, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("command", "example"), [("build", "--field query=title"), ("inspect", "--head 10 --verify")])
+def test_help_has_examples(command, example):
+    assert example in conan(command, "--help")
+
+
+def test_inspect_of_nothing(tmp_path):
+    with pytest.raises(DataError, match="is not a built dataset"):
+        conan("inspect", tmp_path / "none")
+
+
+def test_texts_that_look_like_markup_are_shown_as_they_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "[/red] [bold]x"}')
+    conan("build", tmp_path / "a.jsonl", "--kind", "text", "--out", tmp_path / "out")
+    assert "[/red] [bold]x" in conan("inspect", tmp_path / "out")
