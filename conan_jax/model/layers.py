@@ -6,6 +6,8 @@ XLA's CPU backend materialises transposes in the gradient.
 
 from __future__ import annotations
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -72,12 +74,12 @@ class SelfAttention(nn.Module):
         parts = {}
         for name, (n, axis) in heads.items():
             y = Linear(n * c.head_dim, ("embed", axis), c.initializer_range, name=f"{name}_proj")(x)
-            y = nn.with_logical_constraint(y.reshape(B, L, n, c.head_dim), ("batch", "length", axis, None))
+            y = constrain(y.reshape(B, L, n, c.head_dim), "batch", "length", axis, None)
             if c.qk_norm and name != "v":
                 y = RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y)
             parts[name] = y if name == "v" else apply_rope(y, *rope)
         out = attention(parts["q"], parts["k"], parts["v"], mask, layout, implementation=c.attention, block_size=c.attention_block_size)
-        out = nn.with_logical_constraint(out, ("batch", "length", "heads", None)).reshape(B * L, -1)
+        out = constrain(out, "batch", "length", "heads", None).reshape(*x.shape[:-1], -1)
         return Linear(c.hidden_size, ("heads", "embed"), residual_stddev(c), name="o_proj")(out)
 
 
@@ -91,8 +93,21 @@ class SwiGLU(nn.Module):
         c = self.config
         gate = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
         up = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
-        inner = nn.with_logical_constraint(nn.silu(gate) * up, ("tokens", "mlp"))
+        inner = constrain(nn.silu(gate) * up, "tokens", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), residual_stddev(c), name="down_proj")(inner)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """`nn.with_logical_constraint`, except that a dimension which the devices do not divide stays whole (2 kv heads over 4 devices)."""
+    rules, sizes = nn.get_logical_axis_rules(), dict(jax.sharding.get_abstract_mesh().shape)
+    if not rules or not sizes:
+        return x
+
+    def parts(name: str | None) -> int:
+        axes = dict(rules).get(name) or ()
+        return prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+    return nn.with_logical_constraint(x, tuple(name if size % parts(name) == 0 else None for name, size in zip(names, x.shape, strict=True)))
 
 
 def residual_stddev(c: config.Model) -> float:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from conan_jax import config
 from conan_jax.model.blockwise import SAVED
-from conan_jax.model.layers import RMSNorm, SelfAttention, SwiGLU, rope_tables
+from conan_jax.model.layers import RMSNorm, SelfAttention, SwiGLU, constrain, rope_tables
 from conan_jax.model.layout import Layout
 from conan_jax.model.pooling import make_pooling
 from conan_jax.model.softmask import Mask
@@ -23,10 +23,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array], layout: Layout, mask: Mask) -> tuple[Float[Array, "T D"], None]:
         c = self.config
-        x = nn.with_logical_constraint(x, ("tokens", None))
+        x = constrain(x, "tokens", None)
         x = x + SelfAttention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), rope, layout, mask)
         x = x + SwiGLU(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
-        return nn.with_logical_constraint(x, ("tokens", None)), None
+        return constrain(x, "tokens", None), None
 
 
 class Decoder(nn.Module):
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         # Unrolling inside the scan keeps one parameter tree, [layers, ...], whatever `scan_layers` says.
         self.layers = nn.scan(
-            _rematerialised(Block, c.remat),
+            _rematerialised(Block, c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
@@ -75,13 +75,15 @@ class Decoder(nn.Module):
         return l2_normalise(self.pool(hidden, lengths, prompt_lengths))
 
 
-def _rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    if remat == "none":
+def _rematerialised(block: type[nn.Module], c: config.Model) -> type[nn.Module]:
+    """`block`, keeping for the gradient everything, the linear maps' and attention's results ("dots"), or its input alone ("full")."""
+    if c.remat == "none":
         return block
     policies = jax.checkpoint_policies
     keep_dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED))
-    policy = keep_dots if remat == "dots" else policies.nothing_saveable
-    return nn.remat(block, policy=policy, prevent_cse=False)
+    policy = keep_dots if c.remat == "dots" else policies.nothing_saveable
+    # A scan keeps forward and backward apart by itself; unrolled, XLA would merge the recomputation away again.
+    return nn.remat(block, policy=policy, prevent_cse=not c.scan_layers)
 
 
 def l2_normalise(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
