@@ -43,7 +43,7 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
 
 @contextlib.contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    with contextlib.closing(_manager(folder, read_only=True, create=False)) as manager:
+    with contextlib.closing(_manager(folder, create=False, save_root_metadata=False)) as manager:
         yield manager
 
 
