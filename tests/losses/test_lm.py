@@ -1,11 +1,13 @@
 """Chunked cross-entropy against the formula in float64 NumPy, and the promise that no [T, V] array exists."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scipy.special import log_softmax, logsumexp, softmax
 
 from conan_jax.losses.lm import chunked_cross_entropy
@@ -89,6 +91,19 @@ def test_value_alone_forms_no_gradient_and_a_gradient_forms_logits_once():
     value = lambda *a: chunked_cross_entropy(*a, 16)[0]
     assert products(value) == 1
     assert products(jax.grad(value, argnums=(0, 1))) == 3
+
+
+def test_groups_keep_devices_from_talking_inside_the_loop():
+    """With a group a device, the only communication is after the loop, whatever the number of chunks."""
+    mesh = Mesh(np.array(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
+    shapes = [jax.ShapeDtypeStruct(s, d, sharding=p) for s, d, p in
+              [((64, 4), "float32", split), ((32, 4), "float32", whole), ((64,), "int32", split), ((64,), "float32", split)]]
+    gradient = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, 2, groups=8)[0], argnums=(0, 1)), out_shardings=(split, whole))
+    program = gradient.lower(*shapes).compile().as_text()
+    bodies, entry = program.split("\nENTRY ")
+    talks = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(")
+    assert " while(" in entry and talks.search(entry) and not talks.search(bodies)
 
 
 def test_bad_arguments_are_refused(problem):

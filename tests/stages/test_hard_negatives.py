@@ -18,14 +18,14 @@ N, B, S, P, STEPS = 60, 16, 7, 24, 300
 class Example:
     """One training example as METHODS 1.4 tells it: its pool is 0, 1, 2, ... and it trains against `slots` of it."""
 
-    def __init__(self, size):
+    def __init__(self, size, slots):
         self.size = size
-        self.slots = list(range(S))
-        self.s0 = [None] * S
-        self.next = S
+        self.slots = list(range(slots))
+        self.s0 = [None] * slots
+        self.next = slots
 
     def filled(self):
-        return [k for k in range(S) if self.slots[k] < self.size]
+        return [k for k, candidate in enumerate(self.slots) if candidate < self.size]
 
     def replace(self, k):
         """Put the next candidate into slot k; False when the pool has none left."""
@@ -37,9 +37,9 @@ class Example:
 
 
 class Oracle:
-    def __init__(self, rule, sizes, every=None):
+    def __init__(self, rule, sizes, slots=S, every=None):
         self.rule, self.every = rule, every
-        self.examples = [Example(size) for size in sizes]
+        self.examples = [Example(size, slots) for size in sizes]
         self.low = self.drop = self.exhausted = 0
 
     def visit(self, number, scores, updates_done):
