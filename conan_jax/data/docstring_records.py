@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,7 @@ def hard_negative_pools(docs: Sequence[Doc], pools: int, pool_size: int, documen
     askers = [i for i, (doc, _) in enumerate(held) if is_query(doc)][:pools]
     if len(held) < 2 or not askers:
         return
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25()
     index.index(bm25s.tokenize([body for _, body in held], stopwords="en", show_progress=False), show_progress=False)
     queries = bm25s.tokenize([held[i][0].summary for i in askers], stopwords="en", show_progress=False, return_ids=False)

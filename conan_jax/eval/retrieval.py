@@ -1,0 +1,214 @@
+"""Retrieval on a BEIR folder: exact search, nDCG, recall and MRR by ir_measures, and BM25 on the same folder by the same code.
+
+A BEIR folder (Thakur et al. 2021, arXiv 2104.08663) holds `corpus.jsonl[.gz]` (_id, title, text), `queries.jsonl[.gz]`
+(_id, text, optionally lang) and `qrels/SPLIT.tsv` (query id, document id, grade; a header line is allowed).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import numpy as np
+from jaxtyping import Float, Int
+
+from conan_jax import config
+from conan_jax.errors import DataError
+
+MEASURES = {
+    "ndcg@10": ir_measures.nDCG @ 10,
+    "recall@10": ir_measures.R @ 10,
+    "recall@20": ir_measures.R @ 20,
+    "recall@100": ir_measures.R @ 100,
+    "mrr@10": ir_measures.RR @ 10,
+}
+DEPTH = 100  # ranks kept a query: what the deepest measure reads
+# Scripts without spaces between words are cut into characters, so that BM25 has terms to match there.
+BM25_TOKENS = r"(?u)[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]{2,}"
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """A BEIR folder in memory. `qrels[query id][document id]` is the grade; every query has at least one."""
+
+    document_ids: list[str]
+    documents: list[str]
+    query_ids: list[str]
+    queries: list[str]
+    languages: list[str]  # "" where the file says nothing
+    qrels: dict[str, dict[str, int]]
+
+
+def read_beir(folder: str | Path, split: str = "dev", max_queries: int | None = None) -> RetrievalSet:
+    """Read a folder. Queries without a positive judgement in `split` are left out; `max_queries` are spread evenly over the rest.
+
+    Raises `DataError` naming file and line for what is missing, malformed or unknown.
+    """
+    folder = Path(folder)
+    documents = {row["_id"]: " ".join(filter(None, (row.get("title"), row["text"]))) for row in _rows(_find(folder, "corpus.jsonl"))}
+    queries = {row["_id"]: row for row in _rows(_find(folder, "queries.jsonl"))}
+    qrels = _read_qrels(_find(folder, f"qrels/{split}.tsv"), queries, documents)
+    asked = [q for q in queries if any(grade > 0 for grade in qrels.get(q, {}).values())]
+    if not asked:
+        raise DataError(f"{folder}: no query of queries.jsonl has a positive judgement in qrels/{split}.tsv")
+    if max_queries is not None and max_queries < len(asked):
+        asked = [asked[i * len(asked) // max_queries] for i in range(max_queries)]
+    return RetrievalSet(
+        document_ids=list(documents), documents=list(documents.values()), query_ids=asked, queries=[queries[q]["text"] for q in asked],
+        languages=[queries[q].get("lang") or "" for q in asked], qrels={q: qrels[q] for q in asked},
+    )
+
+
+def evaluate_retrieval(encoder: Any, evaluation: config.Evaluation) -> Figures:
+    """Figures of `encoder` on the folder `evaluation.path`: every key of MEASURES, and `KEY/LANG` where queries carry languages.
+
+    Documents are encoded bare, queries with `evaluation.instruction`.
+    """
+    data = read_beir(evaluation.path, evaluation.split, evaluation.max_queries)
+    documents = encoder.encode_document(data.documents, max_length=evaluation.max_length)
+    queries = encoder.encode_query(data.queries, instruction=evaluation.instruction, max_length=evaluation.max_length)
+    ranks, _ = top_k(queries, documents, DEPTH)
+    return score(data, ranks)
+
+
+def evaluate_bm25(evaluation: config.Evaluation) -> Figures:
+    """Figures of BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words) on the same folder."""
+    data = read_beir(evaluation.path, evaluation.split, evaluation.max_queries)
+    return score(data, bm25_ranks(data.queries, data.documents, DEPTH))
+
+
+def bm25_ranks(queries: Sequence[str], documents: Sequence[str], k: int) -> Int[np.ndarray, "Q k"]:
+    """The k best documents a query by BM25, ties by document order; -1 where no further document shares a term."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+
+    def terms(texts: Sequence[str]) -> list[list[str]]:
+        return bm25s.tokenize(list(texts), token_pattern=BM25_TOKENS, stopwords="en", return_ids=False, show_progress=False)
+
+    index = bm25s.BM25()
+    index.index(terms(documents), show_progress=False)
+    k = min(k, len(documents))
+    ranks = np.full((len(queries), k), -1, np.int64)
+    for i, query in enumerate(terms(queries)):
+        scores = index.get_scores(query) if query else np.zeros(len(documents), np.float32)
+        best = _best(scores[None], k)[0]
+        ranks[i] = np.where(scores[best] > 0, best, -1)
+    return ranks
+
+
+def top_k(
+    queries: Float[np.ndarray, "Q D"], documents: Float[np.ndarray, "N D"], k: int, block: int = 65_536
+) -> tuple[Int[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
+    """Exact nearest documents by inner product, best first, ties by document order: (rows of `documents`, scores).
+
+    At most `block` documents are scored at a time, so memory is Q * (block + k) floats whatever N is.
+    """
+    k = min(k, len(documents))
+    rows = np.zeros((len(queries), 0), np.int64)
+    scores = np.zeros((len(queries), 0), np.float32)
+    for start in range(0, len(documents), block):
+        part = queries @ documents[start : start + block].T
+        rows = np.concatenate([rows, np.broadcast_to(np.arange(start, start + part.shape[1]), part.shape)], axis=1)
+        scores = np.concatenate([scores, part], axis=1)
+        best = _best(scores, min(k, scores.shape[1]))
+        rows, scores = np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
+    return rows, scores
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k largest scores of each row, largest first, the earlier column first among equals."""
+    if k < scores.shape[1] // 4:
+        floor = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k]
+        order = np.empty((len(scores), k), np.int64)
+        for i, row in enumerate(scores):
+            candidates = np.flatnonzero(row >= floor[i])
+            order[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+        return order
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def score(data: RetrievalSet, ranks: Int[np.ndarray, "Q k"]) -> Figures:
+    """Means over the queries, and over those of each language (`ndcg@10/de`) when there is more than one. -1 is no document."""
+    # Scores that fall with the rank keep ir_measures from breaking ties its own way.
+    run = {q: {data.document_ids[d]: float(-i) for i, d in enumerate(row) if d >= 0} for q, row in zip(data.query_ids, ranks, strict=True)}
+    values: dict[str, dict[str, float]] = {name: dict.fromkeys(data.query_ids, 0.0) for name in MEASURES}
+    names = {measure: name for name, measure in MEASURES.items()}
+    for result in ir_measures.iter_calc(list(MEASURES.values()), data.qrels, run):
+        values[names[result.measure]][result.query_id] = result.value
+    figures = {name: float(np.mean(list(per_query.values()))) for name, per_query in values.items()}
+    languages = sorted(set(data.languages) - {""})
+    for language in languages if len(set(data.languages)) > 1 else ():
+        members = [q for q, spoken in zip(data.query_ids, data.languages, strict=True) if spoken == language]
+        figures |= {f"{name}/{language}": float(np.mean([values[name][q] for q in members])) for name in MEASURES}
+    return figures
+
+
+def by_language(figures: Figures) -> dict[str, Figures]:
+    """`{"de": {"ndcg@10": ...}}` out of the keys `ndcg@10/de`."""
+    table: dict[str, Figures] = {}
+    for key, value in figures.items():
+        name, slash, language = key.partition("/")
+        if slash:
+            table.setdefault(language, {})[name] = value
+    return table
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{folder / name} is missing; a retrieval set needs corpus.jsonl, queries.jsonl (each may be .gz) and qrels/SPLIT.tsv")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
+            raise DataError(f"{path}:{number} must be an object with the strings _id and text")
+        if row["_id"] in seen:
+            raise DataError(f"{path}:{number} repeats the _id {row['_id']!r}")
+        seen.add(row["_id"])
+        yield row
+
+
+def _read_qrels(path: Path, queries: dict[str, Any], documents: dict[str, Any]) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in _lines(path):
+        fields = line.rstrip("\r\n").split("\t")
+        if number == 1 and len(fields) == 3 and not _is_int(fields[2]):
+            continue
+        if len(fields) != 3 or not _is_int(fields[2]):
+            raise DataError(f"{path}:{number} must be QUERY_ID<tab>DOCUMENT_ID<tab>GRADE, got {line.strip()!r:.80}")
+        query, document, grade = fields
+        for what, known, name in (("query", queries, query), ("document", documents, document)):
+            if name not in known:
+                raise DataError(f"{path}:{number} judges the {what} {name!r}, which is not in the {'queries' if what == 'query' else 'corpus'} file")
+        qrels.setdefault(query, {})[document] = int(grade)
+    return qrels
+
+
+def _is_int(text: str) -> bool:
+    return text.strip().removeprefix("-").isdigit()
