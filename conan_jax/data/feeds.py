@@ -10,6 +10,7 @@ import numpy as np
 
 from conan_jax import config
 from conan_jax.data import transforms
+from conan_jax.data.access import read_records
 from conan_jax.data.indexes import Labels
 from conan_jax.data.mixture import Draw, Schedule
 from conan_jax.data.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ class Feed:
         draw = self.schedule[step]
         member = self.members[draw.dataset]
         try:
-            return self._collate(Draft(member, draw, [member.source[int(i)] for i in draw.records]))
+            return self._collate(Draft(member, draw, read_records(member.source, draw.records)))
         except DataError as error:
             raise DataError(f"dataset {member.name!r}: {error}") from error
 
@@ -150,4 +151,4 @@ def _by_example(member: Member, index: int, record: Any, rng: np.random.Generato
             break
     outside = len(labels.of) - len(siblings)
     places = rng.choice(outside, size=min(count, outside), replace=False)
-    return positive, [member.source[int(i)]["text"] for i in labels.outside(own, places)]
+    return positive, [r["text"] for r in read_records(member.source, labels.outside(own, places))]

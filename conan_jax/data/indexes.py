@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
+from conan_jax.data.access import blocks
 from conan_jax.data.tokenizer import Tokenizer
 from conan_jax.data.transforms import as_pair, count_tokens, instruction_of
-
-_BLOCK = 4096
 
 
 class Labels:
@@ -45,7 +44,7 @@ def pair_lengths(
     """
     def compute() -> dict[str, np.ndarray]:
         lengths = np.zeros((len(source), 2), np.int32)
-        for start, records in _blocks(source):
+        for start, records in blocks(source):
             here = slice(start, start + len(records))
             queries = [as_pair(kind, r)[0] for r in records]
             lengths[here, 0] = count_tokens(tokenizer, queries, [instruction_of(kind, r, instruction) for r in records], os.cpu_count() or 1)
@@ -60,7 +59,7 @@ def pair_lengths(
 def labels(source: Sequence[Any], cache: Path | None = None) -> Labels:
     """The classes of `source`, names in sorted order."""
     def compute() -> dict[str, np.ndarray]:
-        found = [record["label"] for _, records in _blocks(source) for record in records]
+        found = [record["label"] for _, records in blocks(source) for record in records]
         names = sorted(set(found))
         number = {name: i for i, name in enumerate(names)}
         return {"of": np.array([number[label] for label in found], np.int32),
@@ -68,11 +67,6 @@ def labels(source: Sequence[Any], cache: Path | None = None) -> Labels:
 
     arrays = _cached(cache, compute)
     return Labels(json.loads(arrays["names"].tobytes()), arrays["of"])
-
-
-def _blocks(source: Sequence[Any]) -> Iterator[tuple[int, list[Any]]]:
-    for start in range(0, len(source), _BLOCK):
-        yield start, [source[i] for i in range(start, min(start + _BLOCK, len(source)))]
 
 
 def _cached(cache: Path | None, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

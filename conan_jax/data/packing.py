@@ -8,9 +8,10 @@ from these when a row is read.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
@@ -22,6 +23,7 @@ from jaxtyping import Float32, Int32
 from tensorflow_datasets.proto import tf_example_pb2
 
 import conan_jax
+from conan_jax.data.access import read_records
 from conan_jax.data.folders import fingerprint
 from conan_jax.data.manifest import Manifest, Shard, read_manifest, sha256_of, verify
 from conan_jax.data.sources import SPLIT
@@ -67,10 +69,20 @@ class PackedRows:
         return self.manifest.records
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        i = int(index)
+        i = operator.index(index)
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)} in {self.folder}")
-        feature = tf_example_pb2.Example.FromString(self._raw[i]).features.feature
+        return self._row(i, self._raw[i])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows in one call, which reads them in parallel."""
+        for i in indices:
+            if not 0 <= i < len(self):
+                raise IndexError(f"row {i} of {len(self)} in {self.folder}")
+        return [self._row(i, serialized) for i, serialized in zip(indices, self._raw.__getitems__(list(indices)))]
+
+    def _row(self, i: int, serialized: bytes) -> dict[str, Any]:
+        feature = tf_example_pb2.Example.FromString(serialized).features.feature
         tokens, lengths, prompts = (np.array(feature[name].int64_list.value, np.int32) for name in _FIELDS)
         return {"id": i, **expand_row(tokens, lengths, prompts, self.sequence_length)}
 
@@ -175,7 +187,7 @@ def pack(
         name = work / f"{block.start:012d}"
         stored = _finished_shard(name)
         if stored is None:
-            segments = _segments((source[i] for i in block), tokenizer, kind, record_kind, separator, sequence_length)
+            segments = _segments(read_records(source, block), tokenizer, kind, record_kind, separator, sequence_length)
             bins = best_fit([len(s.tokens) for s in segments], sequence_length)
             stored = _write_shard(name, [[segments[i] for i in members] for members in bins])
         return stored
@@ -212,7 +224,7 @@ def _blocks(documents: int) -> list[range]:
 
 
 def _segments(
-    records: Iterable[Any], tokenizer: Tokenizer, kind: PackKind, record_kind: str, separator: list[int], length: int,
+    records: Sequence[Any], tokenizer: Tokenizer, kind: PackKind, record_kind: str, separator: list[int], length: int,
 ) -> list[Segment]:
     if kind == "pretrain":
         texts = ["\n".join(record_texts(record_kind, record)) for record in records]
@@ -265,7 +277,7 @@ def _finish(work: Path, out: Path, blocks: list[range], shards: list[dict[str, i
         path = whole / f"packed-{SPLIT}.array_record-{i:05d}-of-{len(filled):05d}"
         os.replace(part, path)
         entries.append(Shard(path.name, shard["rows"], path.stat().st_size, sha256_of(path)))
-    features = tfds.features.FeaturesDict({name: tfds.features.Tensor(shape=(None,), dtype="int32") for name in _FIELDS})
+    features = tfds.features.FeaturesDict({name: tfds.features.Tensor(shape=(None,), dtype=np.int32) for name in _FIELDS})
     split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=[e.records for e in entries], num_bytes=sum(s["num_bytes"] for _, s in filled))
     tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=[split], version="1.0.0", description="packed rows", check_data=False)
     rows = sum(e.records for e in entries)

@@ -1,0 +1,109 @@
+"""`conan tokenizer`: train one, look at it, encode with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from conan_jax.errors import ConfigError
+
+app = typer.Typer(help="Train a SentencePiece tokenizer, look at it, encode with it.", no_args_is_help=True, rich_markup_mode="rich")
+
+_TRAIN_EXAMPLES = """[bold]Examples[/bold]
+
+ conan tokenizer train data/wiki data/qa --out tokenizer --vocab-size 8000
+
+ conan tokenizer train --config configs/conan_v2.py
+
+ conan tokenizer train --config configs/demo.py --set tokenizer.vocab_size=16000 --set model.vocab_size=16000
+
+Datasets are folders made by [bold]conan data build[/bold]. The same texts and settings always give the same tokenizer.
+"""
+_INFO_EXAMPLES = """[bold]Examples[/bold]
+
+ conan tokenizer info runs/demo/data/tokenizer
+
+ conan tokenizer info tokenizer --json | jq -r .sha256
+"""
+_ENCODE_EXAMPLES = """[bold]Examples[/bold]
+
+ conan tokenizer encode tokenizer "how do I read a file?"
+
+ conan tokenizer encode tokenizer --pieces < notes.txt
+"""
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tokenizer, or its model file.")]
+
+
+@app.command("train", epilog=_TRAIN_EXAMPLES)
+def train(
+    datasets: Annotated[Optional[list[Path]], typer.Argument(metavar="DATASET...", help="Folders of built datasets.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Train the tokenizer of this recipe, in its data folder, on its datasets.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="With --config: override one value. Repeatable.")] = None,
+    out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of the tokenizer.")] = None,
+    vocab_size: Annotated[Optional[int], typer.Option(help="Tokens, the 256 bytes and 4 special ids included.  [dim]default: 151000[/dim]")] = None,
+    character_coverage: Annotated[Optional[float], typer.Option(help="Share of characters that get a token; the rest is bytes.  [dim]default: 0.9999[/dim]")] = None,
+    max_training_bytes: Annotated[Optional[int], typer.Option(help="Train on a spread sample of this size.  [dim]default: 2e9[/dim]")] = None,
+) -> None:
+    """Train BPE with byte fallback: every Unicode text is encoded, and decodes to itself."""
+    from rich.console import Console
+
+    from conan_jax import config as settings
+    from conan_jax.data.folders import tokenizer_folder
+
+    given = {"vocab_size": vocab_size, "character_coverage": character_coverage, "max_training_bytes": max_training_bytes}
+    given = {name: value for name, value in given.items() if value is not None}
+    if config is not None:
+        from conan_jax import config_io
+        from conan_jax.data.prepare import prepare_tokenizer
+
+        if datasets or out or given:
+            raise ConfigError("--config names datasets, folder and settings itself; change them with --set tokenizer.KEY=VALUE")
+        run = config_io.load_run(config, overrides or [])
+        tokenizer, out = prepare_tokenizer(run, console=Console(stderr=True)), Path(run.tokenizer.path or tokenizer_folder(run))
+    else:
+        from conan_jax.data.prepare import dataset_texts
+        from conan_jax.data.tokenizer import train_tokenizer
+
+        if not datasets or out is None or overrides:
+            raise ConfigError("give dataset folders and --out DIR, or --config FILE (with --set); see conan tokenizer train --help")
+        tokenizer = train_tokenizer(dataset_texts(datasets), settings.Tokenizer(**given), out)
+    typer.echo(f"{out}: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256}")
+
+
+@app.command("info", epilog=_INFO_EXAMPLES)
+def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """Show vocabulary, special ids, sha256 and how it was trained."""
+    from conan_jax.data.tokenizer import Tokenizer, read_settings
+
+    tokenizer = Tokenizer.load(folder)
+    special = {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    described = {**(read_settings(folder) if folder.is_dir() else {}), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "special_ids": special}
+    if as_json:
+        typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+    else:
+        for name, value in described.items():
+            typer.echo(f"{name}: {value}")
+
+
+@app.command("encode", epilog=_ENCODE_EXAMPLES)
+def encode(
+    folder: Folder,
+    text: Annotated[Optional[str], typer.Argument(metavar="TEXT", help="What to encode; standard input when it is left out.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show the text of each token instead of its id.")] = False,
+) -> None:
+    """Print the tokens of a text, without special ids."""
+    from conan_jax.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    if text is None:
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is not UTF-8 (byte {error.start})") from None
+    ids = tokenizer.encode(text)
+    typer.echo(json.dumps([tokenizer.decode([i]) for i in ids], ensure_ascii=False) if pieces else " ".join(map(str, ids)))
