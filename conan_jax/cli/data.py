@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from conan_jax.config import Dataset
     from conan_jax.data.manifest import Manifest
 
-app = typer.Typer(help="Build verified ArrayRecord datasets from raw files or TFDS, and look into them.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(help="Build verified ArrayRecord datasets from raw files or TFDS, and look into them.", no_args_is_help=True,
+                  rich_markup_mode="rich")
 
 _PRESETS = "configs/tfds_presets.yaml"
 _BUILD_EXAMPLES = """[bold]Examples[/bold]
@@ -46,16 +47,25 @@ _INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
 @app.command("build", epilog=_BUILD_EXAMPLES)
 def build(
-    sources: Annotated[Optional[list[str]], typer.Argument(metavar="SOURCE...", help=r"Files, globs, directories, or tfds:NAME\[/CONFIG]:SPLIT; $NAME is expanded.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the dataset; its last part is the dataset's name.")] = ...,  # type: ignore[assignment]
-    kind: Annotated[Optional[str], typer.Option(help="What one record is: text, sft, pair, retrieval, sts or labelled.")] = None,
-    field: Annotated[Optional[list[str]], typer.Option(metavar="OURS=COLUMN", help="Read our field from this column or dotted path. Repeatable.")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="Kind, source and fields of a named public dataset; other options override it.")] = None,
-    presets: Annotated[Optional[Path], typer.Option(help=f"YAML file of presets.  [dim]default: {_PRESETS}[/dim]")] = None,
-    max_reject_rate: Annotated[Optional[float], typer.Option(help="Fail when more than this share of the records is bad.  [dim]default: 0.01[/dim]")] = None,
+    sources: Annotated[Optional[list[str]], typer.Argument(
+        metavar="SOURCE...", help=r"Files, globs, directories, or tfds:NAME\[/CONFIG]:SPLIT; $NAME is expanded.")] = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the dataset; its last part is the dataset's name.")],
+    kind: Annotated[Optional[str], typer.Option(
+        help="What one record is: text, sft, pair, retrieval, sts or labelled.")] = None,
+    field: Annotated[Optional[list[str]], typer.Option(
+        metavar="OURS=COLUMN", help="Read our field from this column or dotted path. Repeatable.")] = None,
+    preset: Annotated[Optional[str], typer.Option(
+        help="Kind, source and fields of a named public dataset; other options override it.")] = None,
+    presets: Annotated[Optional[Path], typer.Option(
+        help=f"YAML file of presets.  [dim]default: {_PRESETS}[/dim]")] = None,
+    max_reject_rate: Annotated[Optional[float], typer.Option(
+        help="Fail when more than this share of the records is bad.  [dim]default: 0.01[/dim]")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Stop after this many good records.")] = None,
-    num_shards: Annotated[Optional[int], typer.Option(min=1, help="Number of files.  [dim]default: one for every 256 MiB[/dim]")] = None,
-    tfds_data_dir: Annotated[Optional[Path], typer.Option(help="Where TFDS keeps its datasets.  [dim]default: $TFDS_DATA_DIR[/dim]")] = None,
+    num_shards: Annotated[Optional[int], typer.Option(
+        min=1, help="Number of files.  [dim]default: one for every 256 MiB[/dim]")] = None,
+    tfds_data_dir: Annotated[Optional[Path], typer.Option(
+        help="Where TFDS keeps its datasets.  [dim]default: $TFDS_DATA_DIR[/dim]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")] = False,
 ) -> None:
@@ -78,7 +88,8 @@ def build(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a built dataset.")],
     head: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare the sha256 of every shard with the manifest, not only counts and sizes.")] = False,
+    verify: Annotated[bool, typer.Option(
+        "--verify", help="Compare the sha256 of every shard with the manifest, not only counts and sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and the first records as JSON.")] = False,
 ) -> None:
     """Show what a built dataset holds, and its first records."""
@@ -140,8 +151,9 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self._progress = Progress(TextColumn("building"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
-                                  TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled)
+        columns = (TextColumn("building"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
+                   TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=not enabled)
         self._task = self._progress.add_task("", total=None, text="")
 
     def __enter__(self) -> _Bar:
@@ -171,9 +183,9 @@ def _print_manifest(folder: Path, manifest: Manifest) -> None:
 
     size = sum(shard.bytes for shard in manifest.shards)
     table = Table(title=escape(str(folder)), show_header=False, title_justify="left")
+    files = f" ({len(manifest.files)} files, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if manifest.files else ""
     rows = {"kind": manifest.kind, "records": f"{manifest.records:,}", "shards": f"{len(manifest.shards)}, {size / 1e6:,.1f} MB",
-            "source": f"{manifest.source} ({len(manifest.files)} files, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if manifest.files
-            else manifest.source,
+            "source": manifest.source + files,
             "dialects": _counts(manifest.dialects), "rejected": f"{manifest.rejected:,} of {manifest.read:,} ({manifest.reject_rate:.2%})",
             "... by reason": _counts(manifest.rejects), "left out": _counts(manifest.dropped)}
     for name, value in rows.items():

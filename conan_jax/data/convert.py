@@ -67,7 +67,8 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder of this folder waits, then finds the work done
         _restore(out)
-        settings = {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit, "num_shards": num_shards}
+        settings = {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit,
+                    "num_shards": num_shards}
         built = None if force else _built(out, settings)
         try:
             plan = readers.expand(dataset.source)
@@ -90,7 +91,8 @@ def _refuse_foreign(out: Path) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise DataError(f"{out} exists and is not a dataset built by conan (or its manifest is damaged); name another folder, or move it away")
+        raise DataError(f"{out} exists and is not a dataset built by conan (or its manifest is damaged); "
+                        "name another folder, or move it away")
 
 
 def _built(out: Path, settings: dict[str, Any]) -> Manifest | None:
@@ -131,7 +133,8 @@ def _build(dataset: Dataset, plan: readers.Plan, out: Path, settings: dict[str, 
             raise DataError(_failure(dataset, tally, kept))
         for name, column in dataset.fields.items():
             if tally.dropped[f"no_{name}"] == writer.records:
-                raise DataError(f"{dataset.name}: fields maps {name} to {column!r}, but no record of {dataset.source} has it; check the spelling")
+                raise DataError(f"{dataset.name}: fields maps {name} to {column!r}, but no record of {dataset.source} has it; "
+                                "check the spelling")
         for file in files:
             if (stat := Path(file.path).stat()).st_size != file.bytes or stat.st_mtime_ns != file.mtime_ns:
                 raise DataError(f"{file.path} changed while it was being read; build again when it is complete")
@@ -176,8 +179,8 @@ def _convert(dataset: Dataset, plan: readers.Plan, folder: Path, writer: shards.
                 parsed = parse(item.raw, dataset.kind, dataset.fields)
             except Reject as reject:
                 tally.rejects[reject.reason] += 1
-                excerpt = reject.raw or json.dumps(item.raw, ensure_ascii=False, default=repr)
-                line = {"location": item.location, "reason": reject.reason, "detail": reject.detail, "raw": excerpt[:_EXCERPT]}
+                excerpt = (reject.raw or _show(item.raw))[:_EXCERPT]
+                line = {"location": item.location, "reason": reject.reason, "detail": reject.detail, "raw": excerpt}
                 rejects_file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if tally.read == tally.rejects.total() == _HOPELESS and dataset.max_reject_rate < 1:
                     break
@@ -194,6 +197,13 @@ def _convert(dataset: Dataset, plan: readers.Plan, folder: Path, writer: shards.
     return tally
 
 
+def _show(raw: Any) -> str:
+    try:
+        return json.dumps(raw, ensure_ascii=False, default=repr)
+    except RecursionError:
+        return "(nested too deep to show)"
+
+
 def _source_file(file: Path) -> SourceFile:
     stat = file.stat()
     return SourceFile(str(file), stat.st_size, sha256_of(file), stat.st_mtime_ns)
@@ -203,9 +213,9 @@ def _failure(dataset: Dataset, tally: _Tally, kept: Path) -> str:
     if not tally.read:
         return f"{dataset.source} holds no records"
     reasons = "; ".join(f"{count:,} {reason} ({REASONS[reason]})" for reason, count in tally.rejects.most_common())
-    return (f"{dataset.name}: {tally.rejects.total():,} of the {tally.read:,} records read from {dataset.source} cannot be used as {dataset.kind} "
-            f"(max_reject_rate is {dataset.max_reject_rate:g}): {reasons}. Read {kept}; then fix the source, map its columns with fields, "
-            "or raise max_reject_rate")
+    return (f"{dataset.name}: {tally.rejects.total():,} of the {tally.read:,} records read from {dataset.source} cannot be used "
+            f"as {dataset.kind} (max_reject_rate is {dataset.max_reject_rate:g}): {reasons}. Read {kept}; then fix the source, "
+            "map its columns with fields, or raise max_reject_rate")
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:

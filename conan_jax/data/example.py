@@ -30,10 +30,8 @@ def encode(record: dict[str, Any], kind: RecordKind) -> bytes:
         value = record[name]
         if type_ in ("text", "texts"):
             values = [value] if type_ == "text" else value
-            feature[name].bytes_list.SetInParent()  # an empty list must still be there
-            feature[name].bytes_list.value.extend(text.encode("utf-8") for text in values)
+            feature[name].bytes_list.value.extend([text.encode("utf-8") for text in values])  # of nothing, too: TFDS wants the field
         else:
-            feature[name].float_list.SetInParent()
             feature[name].float_list.value.extend([value] if type_ == "float" else value)
     return example.SerializeToString(deterministic=True)
 

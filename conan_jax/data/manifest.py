@@ -124,7 +124,7 @@ def verify(folder: str | os.PathLike[str], manifest: Manifest, *, hashes: bool =
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, shard, found in zip(paths, manifest.shards, pool.map(_cached_sha256, paths)):
             if found != shard.sha256:
-                raise DataError(f"shard {path} is altered: its sha256 is {found[:12]}..., the manifest says {shard.sha256[:12]}...; {advice}")
+                raise DataError(f"shard {path} is altered: its sha256 begins {found[:12]}, the manifest says {shard.sha256[:12]}; {advice}")
 
 
 def _cached_sha256(path: Path) -> str:

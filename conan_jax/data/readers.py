@@ -87,7 +87,7 @@ def _files(pattern: str, source: str) -> list[Path]:
     if path.is_dir():
         if any(path.glob("*.array_record*")):
             raise DataError(f"{path} is an ArrayRecord dataset already; read it as tfds:{path}:train, or train on it as it is")
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) and not any(p.startswith(".") for p in f.relative_to(path).parts))
+        files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) and not _hidden(f.relative_to(path)))
         if not files:
             raise DataError(f"the directory {path} holds no file of a known type ({', '.join(_READERS)}, each with or without .gz)")
         return files
@@ -98,6 +98,10 @@ def _files(pattern: str, source: str) -> list[Path]:
         if _format(file) is None:
             raise DataError(f"{file} is of no known type; name it {', '.join(_READERS)}, each with or without .gz")
     return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _format(path: Path) -> str | None:
@@ -224,7 +228,8 @@ def _table(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, in
                 break
             except csv.Error as error:
                 if "unexpected end of data" in str(error) or "field larger than" in str(error):
-                    raise DataError(f"{path}: the quote opened at or after line {start} is never closed; fix the file or save it as jsonl") from None
+                    raise DataError(f"{path}: the quote opened at or after line {start} is never closed; "
+                                    "fix the file or save it as jsonl") from None
                 yield start, Reject("broken_row", f"lines {start}-{number}: {error}"), opened.done
                 continue
             if header is None:

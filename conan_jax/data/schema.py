@@ -6,14 +6,13 @@ that is counted. Nothing in between: a record with one bad field is not used at 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from conan_jax.config import RecordKind
+from conan_jax.data.dialects import Join, dialects
 from conan_jax.errors import ConfigError
 
 FieldType = Literal["text", "texts", "float", "floats"]
@@ -51,77 +50,6 @@ class Reject(Exception):
         self.reason, self.detail, self.raw = reason, detail, raw
 
 
-class Join(tuple[str, ...]):
-    """Columns whose non-blank texts are joined by a newline; the first must be there."""
-
-    def __str__(self) -> str:
-        return f"{self[0]}[/{'/'.join(self[1:])}]"
-
-
-@dataclass(frozen=True, eq=False)
-class Dialect:
-    """One set of column names. `optional` lists alternatives, the first present one counts; `negative*` means
-    `negative`, `negative_1`, `negative_2`, ... in that order."""
-
-    name: str
-    required: dict[str, str | Join]
-    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def _pairs(name: str, query: str | Join, pos: str, neg: tuple[str, ...] = (), instruction: tuple[str, ...] = ()) -> Dialect:
-    return Dialect(name, {"query": query, "pos": pos},
-                   {"neg": neg, "scores": ("scores", "neg_scores") if neg else (), "instruction": instruction})
-
-
-_PROMPT = ("instruction", "prompt")
-_RETRIEVAL = (
-    _pairs("flagembedding", "query", "pos", ("neg",), _PROMPT),
-    _pairs("tevatron", "query", "positive_passages", ("negative_passages",), _PROMPT),
-    _pairs("e5", "query", "positive", ("negative*", "negatives"), _PROMPT),
-    _pairs("query-positives", "query", "positives", ("negatives",), _PROMPT),
-    _pairs("query-passage", "query", "passage"),
-    _pairs("query-document", "query", "document"),
-    _pairs("query-answer", "query", "answer"),
-    _pairs("sentence-transformers", "anchor", "positive", ("negative*",)),
-    _pairs("simcse", "sent0", "sent1", ("hard_neg",)),
-)
-_PAIR_ONLY = (
-    _pairs("question-answer", "question", "answer"),
-    _pairs("question-context", "question", "context"),
-    _pairs("alpaca", Join(("instruction", "input")), "output"),
-    _pairs("dolly", Join(("instruction", "context")), "response"),
-    _pairs("prompt-completion", "prompt", "completion"),
-    _pairs("prompt-response", "prompt", "response"),
-    _pairs("title-text", "title", "text"),
-    _pairs("title-body", "title", "body"),
-    _pairs("title-abstract", "title", "abstract"),
-    _pairs("title-content", "title", "content"),
-    _pairs("bitext", "sentence1", "sentence2"),
-)
-# Tried in order; see `_choose` for why the first column of a dialect weighs more than the others.
-DIALECTS: dict[RecordKind, tuple[Dialect, ...]] = {
-    "text": tuple(Dialect(name, {"text": name}) for name in
-                  ("text", "content", "contents", "document", "passage", "paragraph")),
-    "sft": (
-        Dialect("alpaca", {"instruction": "instruction", "output": "output"}, {"input": ("input",)}),
-        Dialect("dolly", {"instruction": "instruction", "output": "response"}, {"input": ("context",)}),
-        Dialect("prompt-completion", {"instruction": "prompt", "output": "completion"}),
-        Dialect("prompt-response", {"instruction": "prompt", "output": "response"}),
-        Dialect("question-answer", {"instruction": "question", "output": "answer"}),
-    ),
-    "pair": _RETRIEVAL + _PAIR_ONLY,
-    "retrieval": _RETRIEVAL,
-    "sts": tuple(Dialect(f"{a}-{score}", {"sentence1": a, "sentence2": b, "score": score})
-                 for a, b, scores in (("sentence1", "sentence2", ("score", "similarity_score", "label")),
-                                      ("sentence_A", "sentence_B", ("relatedness_score", "score")),
-                                      ("text1", "text2", ("score", "label")))
-                 for score in scores),
-    "labelled": tuple(Dialect(f"{text}-{label}", {"text": text, "label": label})
-                      for text in ("text", "sentence", "content", "query")
-                      for label in ("label_text", "label", "category", "intent")),
-}
-
-
 class Parsed(NamedTuple):
     """A usable record, the dialect it was read by, and what was left out of it (counted in the manifest)."""
 
@@ -152,7 +80,8 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -
     Retrieval-shaped records read as `pair` give their first positive; sft-shaped records read as `pair` give
     query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
     equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`; so is an
-    optional field (`no_neg`) whose column in `fields` is not there. With scores the pool is sorted by falling score, so it is hardest first whatever the source did.
+    optional field (`no_neg`) whose column in `fields` is not there. With scores the pool is sorted by falling
+    score, so it is hardest first whatever the source did.
 
     Raises:
         Reject: the record cannot be used; nothing of it may be.
@@ -171,11 +100,11 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
     Once the first column of a dialect is present only dialects that begin with it are considered: a record with
     `query`, `title` and `text` whose `pos` went missing is a reject, not a title-text pair.
     """
-    groups = _dialects(kind, tuple(fields.items()))
+    groups = dialects(kind, tuple(fields.items()))
     present = next((group for group in groups if group[0].leading is None or group[0].leading in raw), None)
     for mapped in present or ():
         values = {name: _get(raw, column) for name, column in mapped.required}
-        if None in values.values():
+        if None in values.values() or any(column in raw for column in mapped.unless):
             continue
         for name, alternatives in mapped.optional:
             for column in alternatives:
@@ -186,30 +115,10 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
                 if name in fields:
                     dropped[f"no_{name}"] += 1
         return mapped.name, values
-    wanted = " or ".join(dict.fromkeys(" + ".join(str(c) for _, c in mapped.required) for group in ([present] if present else groups) for mapped in group))
-    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; {kind} records need {wanted}")
-
-
-class _Mapped(NamedTuple):
-    """A dialect under a user's `fields`; `leading` is its first column that `fields` leaves to it."""
-
-    name: str
-    leading: str | None
-    required: list[tuple[str, str | Join]]
-    optional: list[tuple[str, tuple[str, ...]]]
-
-
-@functools.lru_cache
-def _dialects(kind: RecordKind, fields: tuple[tuple[str, str], ...]) -> list[list[_Mapped]]:
-    """The dialects of a kind in the order they are tried, those with one leading column together."""
-    given = dict(fields)
-    groups: dict[str | None, list[_Mapped]] = {}
-    for dialect in DIALECTS[kind]:
-        leading = next((c[0] if isinstance(c, Join) else c for name, c in dialect.required.items() if name not in given), None)
-        required = [(name, given.get(name, column)) for name, column in dialect.required.items()]
-        optional = [(name, (given[name],) if name in given else columns) for name, columns in dialect.optional.items()]
-        groups.setdefault(leading, []).append(_Mapped(dialect.name if leading else "fields", leading, required, optional))
-    return list(groups.values())
+    tried = [mapped for group in ([present] if present else groups) for mapped in group]
+    wanted = " or ".join(dict.fromkeys(" + ".join(str(column) for _, column in mapped.required) for mapped in tried))
+    barred = "".join(f" without {column}" for mapped in tried for column in mapped.unless if column in raw)
+    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; {kind} records need {wanted}{barred}")
 
 
 def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
@@ -222,7 +131,8 @@ def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
         parts = [_text(raw[name], name, blank=True) for name in column if raw.get(name) is not None]
         return "\n".join(part for part in parts if not is_blank(part))
     if column.endswith("*"):
-        numbered = sorted((int(m.group(1) or -1), name) for name in raw if (m := re.fullmatch(re.escape(column[:-1]) + r"(?:_(\d+))?", name)))
+        matches = [(re.fullmatch(re.escape(column[:-1]) + r"(?:_(\d{1,9}))?", str(name)), name) for name in raw]
+        numbered = sorted((int(m.group(1) or -1), name) for m, name in matches if m)
         found = [raw[name] for _, name in numbered if raw[name] not in (None, "", b"")]
         flat = [item for value in found for item in (value if isinstance(value, list | tuple) else [value])]
         return flat if numbered else None
@@ -249,10 +159,13 @@ def is_blank(text: str) -> bool:
 
 def _text(value: Any, name: str, blank: bool = False) -> str:
     if isinstance(value, Mapping) and "text" in value:  # a passage: {title, text}
-        title = value.get("title")
-        body = _text(value["text"], f"{name}.text", blank)
-        title = "" if title is None else _text(title, f"{name}.title", blank=True)
+        body = _string(value["text"], f"{name}.text", blank)
+        title = _string("" if value.get("title") is None else value["title"], f"{name}.title", blank=True)
         return body if is_blank(title) else f"{title} {body}"
+    return _string(value, name, blank)
+
+
+def _string(value: Any, name: str, blank: bool) -> str:
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")

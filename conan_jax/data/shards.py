@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -33,7 +35,8 @@ class ShardWriter:
     def write(self, serialized: bytes) -> None:
         if self._writer is None or self._shard_bytes >= self._full:
             self.start_shard()
-        self._writer.write(serialized)
+        with _as_os_errors():
+            self._writer.write(serialized)
         self.counts[-1] += 1
         self.records += 1
         self._shard_bytes += len(serialized)
@@ -48,8 +51,18 @@ class ShardWriter:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with _as_os_errors():
+                writer.close()
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """ArrayRecord reports a full disk as RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def reshard(writer: ShardWriter, num_shards: int) -> ShardWriter:

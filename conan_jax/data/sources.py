@@ -32,7 +32,8 @@ class Source:
             raise DataError(f"{folder} cannot be opened as a TFDS dataset ({error}); delete it and build it again") from None
         self._raw = data.data_source  # serialized records: `example.decode` is faster than the TFDS decoder
         if len(self._raw) != manifest.records:
-            raise DataError(f"{folder} opens with {len(self._raw):,} records, the manifest says {manifest.records:,}; delete it and build it again")
+            raise DataError(f"{folder} opens with {len(self._raw):,} records, the manifest says {manifest.records:,}; "
+                            "delete it and build it again")
 
     def __len__(self) -> int:
         return self.manifest.records

@@ -36,11 +36,12 @@ def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterat
         raise DataError(f"{source} is stored in a format without random access ({error}); prepare it in another TFDS_DATA_DIR: "
                         f"`tfds build {name} --file_format=array_record`") from None
     except ImportError as error:
-        raise DataError(f"TFDS needs {error.name} to prepare {source}, once; install it and run `tfds build {name} --file_format=array_record`, "
-                        "then this command again") from None
+        raise DataError(f"TFDS needs the package {error.name} to prepare {source}, once; install it (pip install {error.name}) "
+                        "and run the same command again") from None
     except Exception as error:  # TFDS raises many unrelated types: not found, no network, checksum
         said = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(f"{source} cannot be opened by TFDS ({type(error).__name__}: {said}); check the name, the split and the network") from None
+        raise DataError(f"{source} cannot be opened by TFDS ({type(error).__name__}: {said}); "
+                        "check the name, the split and the network") from None
     convert = _converter(builder.info.features)
     for i in range(len(examples)):
         yield Item(f"{source}[{i}]", convert(examples[i]), before + i + 1)

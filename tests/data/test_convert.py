@@ -62,7 +62,8 @@ def test_tfds_alone_reads_what_was_built(tmp_path, kind):
 
 
 def test_manifest_holds_counts_hashes_and_reasons(tmp_path):
-    rows = [{"query": "q", "pos": "p"}, {"anchor": "q", "positive": "p", "negative": ["p", "n"]}, {"query": "q"}, {"query": "q", "pos": " "}]
+    rows = [{"query": "q", "pos": "p"},
+            {"anchor": "q", "positive": "p", "negative": ["p", "n"]}, {"query": "q"}, {"query": "q", "pos": " "}]
     source = jsonl(tmp_path / "a.jsonl", rows)
     with open(source, "ab") as file:
         file.write(b'{"query": \n{"query": "\xff", "pos": "p"}\n')
@@ -98,6 +99,12 @@ def test_a_source_that_is_all_wrong_is_not_read_to_its_end(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"x": 1}] * 3000)
     with pytest.raises(DataError, match="1,000 of the 1,000 records read"):
         build_dataset(Dataset("d", "text", source), tmp_path / "out")
+
+
+def test_deeply_nested_records_are_rejects(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ' * 900 + "1" + "}" * 900 + "\n" + '{"text": {"text": {"text": "x"}}}\n' + '{"text": "ok"}\n')
+    assert build_dataset(Dataset("d", "text", str(path), max_reject_rate=0.9), tmp_path / "out").rejects == {"wrong_type": 2}
 
 
 @pytest.mark.parametrize(("rows", "said"), [([], "holds no records"), ([{"text": ""}], "1 of the 1 records")])
@@ -309,7 +316,8 @@ def test_tfds_by_name(tmp_path, tfds_dir, kind, fields, want):
 
 
 def test_tfds_by_folder_with_a_dotted_path(tmp_path, tfds_dir):
-    dataset = Dataset("d", "pair", f"tfds:{tfds_dir}/questions/1.0.0:train", {"query": "question", "pos": "answers.text.0"}, max_reject_rate=0.2)
+    fields = {"query": "question", "pos": "answers.text.0"}
+    dataset = Dataset("d", "pair", f"tfds:{tfds_dir}/questions/1.0.0:train", fields, max_reject_rate=0.2)
     manifest = build_dataset(dataset, tmp_path / "out")
     assert manifest.rejects == {"missing_field": 1} and manifest.records == 4
     assert {r["query"]: r["pos"] for r in open_source(tmp_path / "out")} == {f"question {i}?": f"answer {i}" for i in range(4)}
@@ -318,7 +326,8 @@ def test_tfds_by_folder_with_a_dotted_path(tmp_path, tfds_dir):
 
 
 @pytest.mark.parametrize(("source", "said"), [
-    ("tfds:questions", "must be tfds:NAME"), ("tfds:questions:nosplit", "check the name, the split"), ("tfds:no_such_set:train", "check the name"),
+    ("tfds:questions", "must be tfds:NAME"), ("tfds:questions:nosplit", "check the name, the split"),
+    ("tfds:no_such_set:train", "check the name"),
     ("tfds:/no/such/dir:train", "check the name")])
 def test_tfds_that_is_not_there(tmp_path, tfds_dir, source, said):
     with pytest.raises(DataError, match=said):
@@ -334,3 +343,15 @@ def test_a_shard_that_lost_records_on_its_way_to_disk_is_noticed(tmp_path, monke
     monkeypatch.setattr(convert.shards, "ArrayRecordWriter", Lossy)
     with pytest.raises(DataError, match="holds 2 of the 3 records"):
         build_dataset(Dataset("d", "text", jsonl(tmp_path / "a.jsonl", texts(3))), tmp_path / "out")
+
+
+def test_a_full_disk_is_an_error_without_a_traceback(tmp_path, monkeypatch):
+    class Full(convert.shards.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(convert.shards, "ArrayRecordWriter", Full)
+    with pytest.raises(DataError, match="No space left on device; check that the disk has room"):
+        build_dataset(Dataset("d", "text", jsonl(tmp_path / "a.jsonl", texts(3))), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "a.jsonl"]

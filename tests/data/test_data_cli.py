@@ -58,8 +58,10 @@ def test_preset_from_a_file_with_an_override(tmp_path, csv):
 
 
 @pytest.mark.parametrize(("args", "said"), [
-    (["--kind", "pair"], "name at least one SOURCE"), (["a.csv"], "say what the records are"), (["a.csv", "--kind", "pears"], "unknown record kind"),
-    (["a.csv", "--kind", "pair", "--field", "query"], "must be OURS=COLUMN"), (["a.csv", "--kind", "pair", "--field", "q=title"], "fields maps 'q'"),
+    (["--kind", "pair"], "name at least one SOURCE"), (["a.csv"], "say what the records are"),
+    (["a.csv", "--kind", "pears"], "unknown record kind"),
+    (["a.csv", "--kind", "pair", "--field", "query"], "must be OURS=COLUMN"),
+    (["a.csv", "--kind", "pair", "--field", "q=title"], "fields maps 'q'"),
     (["--preset", "stbs"], "did you mean stsb"), (["a.csv", "--kind", "pair", "--limit", "0"], "limit must be positive"),
     (["a.csv", "--kind", "pair", "--max-reject-rate", "7"], "max_reject_rate")])
 def test_mistakes_say_what_to_do(tmp_path, args, said):

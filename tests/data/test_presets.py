@@ -50,7 +50,8 @@ def test_an_unknown_preset_names_its_neighbours():
 
 @pytest.mark.parametrize(("text", "said"), [
     ("a: {kind: text, source: x, colour: red}", "unknown key 'colour'"), ("a: {kind: texts, source: x}", "unknown kind 'texts'"),
-    ("a: {kind: text}", "needs at least kind and source"), ("a: [1]", "needs at least"), ("- a", "must map preset names"), ("a: {", "is not YAML"),
+    ("a: {kind: text}", "needs at least kind and source"), ("a: [1]", "needs at least"), ("- a", "must map preset names"),
+    ("a: {", "is not YAML"),
     ("a: {kind: pair, source: x, fields: {positive: y}}", "fields maps 'positive'"), ("a: {kind: text, source: x, limit: -1}", "limit"),
     ("a: {kind: text, source: x, fields: [1]}", "fields must map"), ("a: !!python/object/apply:os.getcwd []", "is not YAML")])
 def test_a_bad_presets_file_says_where(tmp_path, text, said):

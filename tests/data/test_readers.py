@@ -167,7 +167,8 @@ def test_variables(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("source", "said"), [
-    ("{dir}/no.jsonl", "no file matches"), ("{dir}/no*.jsonl", "no file matches"), ("{dir}/a.md", "no known type"), ("{dir}/empty", "no file of a known"),
+    ("{dir}/no.jsonl", "no file matches"), ("{dir}/no*.jsonl", "no file matches"), ("{dir}/a.md", "no known type"),
+    ("{dir}/empty", "no file of a known"),
     ("{dir}/built", "already"), ("", "source is empty"), (" ; ", "source is empty")])
 def test_sources_that_stand_for_nothing(tmp_path, source, said):
     write(tmp_path / "a.md", "x")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conan_jax.data.schema import DIALECTS, KINDS, REASONS, Reject, check_fields, is_blank, parse
+from conan_jax.data.dialects import DIALECTS
+from conan_jax.data.schema import KINDS, REASONS, Reject, check_fields, is_blank, parse
 from conan_jax.errors import ConfigError
 
 PAIR = {"query": "q", "pos": "p", "instruction": ""}
@@ -41,10 +42,12 @@ ACCEPTED = [
     ("retrieval", {"query": "q", "pos": ["p"], "neg": ["n1", "n2"], "neg_scores": [2, 1.5]}, RETRIEVAL | {"scores": [2.0, 1.5]}),
     ("retrieval", {"query": "q", "pos": ["p"], "neg": ["n2", "n1"], "scores": [1, 9]}, RETRIEVAL | {"scores": [9.0, 1.0]}),
     ("retrieval", {"query_id": "1", "query": "q", "positive_passages": [{"docid": "1", "title": "", "text": "p"}],
-                   "negative_passages": [{"docid": "2", "title": "", "text": "n1"}, {"docid": "3", "title": None, "text": "n2"}]}, RETRIEVAL),
+                   "negative_passages": [{"docid": "2", "title": "", "text": "n1"}, {"docid": "3", "title": None, "text": "n2"}]},
+     RETRIEVAL),
     ("retrieval", {"query": "q", "positive": ["p"], "negative": ["n1", "n2"]}, RETRIEVAL),
     ("retrieval", {"anchor": "q", "positive": "p", "negative_2": "n2", "negative_1": "n1"}, RETRIEVAL),
-    ("retrieval", {"anchor": "q", "positive": "p", **{f"negative_{i}": str(i) for i in (10, 9, 2)}}, RETRIEVAL | {"neg": ["2", "9", "10"]}),
+    ("retrieval", {"anchor": "q", "positive": "p", **{f"negative_{i}": str(i) for i in (10, 9, 2)}},
+     RETRIEVAL | {"neg": ["2", "9", "10"]}),
     ("retrieval", {"anchor": "q", "positive": "p", "negative": "n1", "negative_1": "n2", "negative_2": ""}, RETRIEVAL),
     ("sts", {"sentence1": "a", "sentence2": "b", "score": 2.5}, STS),
     ("sts", {"sentence1": b"a", "sentence2": b"b", "label": "2.5"}, STS),
@@ -83,6 +86,7 @@ REJECTED = [
     ("sft", {"instruction": " ", "input": "", "output": "o"}, "empty_text"),
     ("sft", {"instruction": "i", "output": ""}, "empty_text"),
     ("pair", {"query": "q"}, "missing_field"),
+    ("pair", {"sentence1": "a", "sentence2": "b", "score": 0.5}, "missing_field"),
     ("pair", {"query": "q", "pos": []}, "missing_field"),
     ("pair", {"query": "q", "pos": [3]}, "wrong_type"),
     ("pair", {"query": "q", "pos": " q\n"}, "positive_equals_query"),
@@ -151,7 +155,8 @@ def test_an_optional_field_that_fields_maps_is_counted_when_absent():
 
 
 @pytest.mark.parametrize(("kind", "fields", "said"), [
-    ("pair", {"positive": "x"}, "query, pos, instruction"), ("pairs", {}, "unknown record kind"), ("pair", {"query": ""}, "must name a column")])
+    ("pair", {"positive": "x"}, "query, pos, instruction"), ("pairs", {}, "unknown record kind"),
+    ("pair", {"query": ""}, "must name a column")])
 def test_check_fields_refuses(kind, fields, said):
     with pytest.raises(ConfigError, match=said):
         check_fields(kind, fields)
@@ -160,7 +165,8 @@ def test_check_fields_refuses(kind, fields, said):
 _names = st.sampled_from(sorted({str(c) for ds in DIALECTS.values() for d in ds for c in d.required.values() if isinstance(c, str)}
                                 | {"neg", "scores", "input", "negative_1", "prompt"}))
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4) | st.binary(max_size=3)
-_values = st.recursive(_scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["text", "title", "x"]), v, max_size=2), max_leaves=5)
+_values = st.recursive(_scalars, max_leaves=5, extend=lambda v: st.lists(v, max_size=3)
+                       | st.dictionaries(st.sampled_from(["text", "title", "x"]), v, max_size=2))
 
 
 @given(raw=st.dictionaries(_names, _values, max_size=5), kind=st.sampled_from(sorted(KINDS)))
