@@ -53,11 +53,13 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     fixed = math.prod(s for s in shape if s > 0)
     if -1 in shape:
         if len(devices) % fixed:
-            raise ConfigError(f"mesh {_pretty(shape)}: {fixed} does not divide the {len(devices)} devices; change mesh.data, mesh.fsdp or mesh.tensor")
+            raise ConfigError(f"mesh {_pretty(shape)}: {fixed} does not divide the {len(devices)} devices; "
+                              "change mesh.data, mesh.fsdp or mesh.tensor")
         shape[shape.index(-1)] = len(devices) // fixed
     needed = math.prod(shape)
     if needed > len(devices) or (needed < len(devices) and jax.process_count() > 1):
-        raise ConfigError(f"mesh {_pretty(shape)} needs {needed} devices and there are {len(devices)}; set one of mesh.data, mesh.fsdp, mesh.tensor to -1")
+        raise ConfigError(f"mesh {_pretty(shape)} needs {needed} devices and there are {len(devices)}; "
+                          "set one of mesh.data, mesh.fsdp, mesh.tensor to -1")
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed])
 
 
@@ -94,7 +96,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: jax.s
 def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """`NamedSharding` of every array of `shapes_tree`; `axes_tree` holds a tuple of logical axis names in its place."""
     def one(path: Any, array: Any, axes: Sequence[str | None]) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, jax.tree_util.keystr(path, simple=True, separator=".")))
+        return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, _name(path)))
 
     return jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)
 
@@ -107,7 +109,7 @@ def undivided(axes_tree: Any, shapes_tree: Any, mesh: jax.sharding.Mesh) -> list
         for logical, size in zip(axes, array.shape):
             parts = math.prod(mesh.shape[a] for a in RULES[logical]) if logical is not None else 1
             if size % parts:
-                names.append(f"{jax.tree_util.keystr(path, simple=True, separator='.')} ({logical} {size} over {parts})")
+                names.append(f"{_name(path)} ({logical} {size} over {parts})")
 
     jax.tree_util.tree_map_with_path(one, shapes_tree, axes_tree)
     return names
@@ -134,11 +136,15 @@ def global_batch(local: Any, mesh: jax.sharding.Mesh) -> Any:
     def put(path: Any, array: np.ndarray) -> jax.Array:
         rows = array.shape[0] * hosts
         if rows % parts:
-            raise ConfigError(f"the global batch of {jax.tree_util.keystr(path, simple=True, separator='.')} has {rows} rows, which {parts} devices (mesh data x fsdp) "
-                              f"do not divide; use a multiple of {parts}, or a smaller mesh (for instance --set mesh.fsdp=1)")
+            raise ConfigError(f"the global batch of {_name(path)} has {rows} rows, which {parts} devices (mesh data x fsdp) do not divide; "
+                              f"use a multiple of {parts}, or a smaller mesh (for instance --set mesh.fsdp=1)")
         return jax.make_array_from_process_local_data(split, array)
 
     return jax.tree_util.tree_map_with_path(put, local)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _pretty(shape: Sequence[int]) -> str:

@@ -12,7 +12,9 @@ from conan_jax.errors import ConfigError
 from conan_jax.model import Embedder
 
 
-@pytest.mark.parametrize("sizes, shape", [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 4, 1), (2, 4, 1)), ((1, 2, 1), (1, 2, 1))])
+@pytest.mark.parametrize("sizes, shape", [
+    ((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 4, 1), (2, 4, 1)), ((1, 2, 1), (1, 2, 1)),
+])
 def test_mesh_takes_what_remains(sizes, shape):
     mesh = sharding.make_mesh(config.Mesh(*sizes))
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")

@@ -28,7 +28,7 @@ from conan_jax.train.state import TrainState
 
 FORMAT = 1
 # How the same weights are computed; everything else under `model` decides what they are or mean.
-_FREE_MODEL_KEYS = {"max_length", "initializer_range", "compute_dtype", "scan_layers", "remat", "attention", "attention_block_size"}
+_FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat", "attention", "attention_block_size"}
 
 
 def make_metadata(run: config.Run, stage: config.Stage, tokenizer_sha256: str) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def make_metadata(run: config.Run, stage: config.Stage, tokenizer_sha256: str) -
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
-    handlers = {"params": ocp.StandardCheckpointHandler(), "train": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    arrays = {name: ocp.StandardCheckpointHandler() for name in ("params", "train")}
+    handlers = {**arrays, "metadata": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder.absolute() / "checkpoints", item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options))
 
 
@@ -138,7 +139,8 @@ def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     with _reader(folder) as manager, _explained(f"resuming from {folder} step {step}"):
         differing = _differences(manager.item_metadata(step), wanted)
         if differing:
-            raise CheckpointError(f"{folder} step {step} does not fit this run: {'; '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. "
+            more = " ..." if len(differing) > 5 else ""
+            raise CheckpointError(f"{folder} step {step} does not fit this run: {'; '.join(differing[:5])}{more}. "
                                   "Did the data, the optimizer or the stage change? Change it back, or use another output_dir")
         restored = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}))
     return TrainState(params=restored["params"], **restored["train"])
@@ -196,8 +198,9 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
 def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str) -> None:
     """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values."""
     if metadata["tokenizer_sha256"] != tokenizer_sha256:
-        raise CheckpointError(f"{folder} was trained with tokenizer {metadata['tokenizer_sha256']} and this run has tokenizer {tokenizer_sha256}: "
-                              "the same ids would mean other text; use the tokenizer it was trained with, or another output_dir")
+        raise CheckpointError(f"{folder} was trained with tokenizer {metadata['tokenizer_sha256']} "
+                              f"and this run has tokenizer {tokenizer_sha256}: the same ids would mean other text; "
+                              "use the tokenizer it was trained with, or another output_dir")
     stored, ours = metadata["config"]["model"], to_dict(model)
     differing = [key for key in sorted(stored.keys() | ours.keys()) if key not in _FREE_MODEL_KEYS and stored.get(key) != ours.get(key)]
     if differing:

@@ -39,14 +39,16 @@ class StageResult:
     trained_steps: int
 
 
-def train_stage(run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, pipeline: Any, tokenizer_sha256: str, folder: Path,
-                previous_folder: Path | None = None, console: Console | None = None, stop: Callable[[], bool] | None = None,
-                devices: list[jax.Device] | None = None) -> StageResult:
+def train_stage(
+    run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, pipeline: Any, tokenizer_sha256: str, folder: Path,
+    previous_folder: Path | None = None, console: Console | None = None, stop: Callable[[], bool] | None = None,
+    devices: list[jax.Device] | None = None,
+) -> StageResult:
     """Train one stage to its last step, from wherever `checkpoint.find_start` says.
 
     Args:
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
-        stop: polled after every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do.
+        stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do.
 
     Raises:
         Preempted: asked to stop; the state is saved at the step reached.
@@ -67,14 +69,15 @@ def train_stage(run: config.Run, stage_config: config.Stage, *, stage: Stage, em
     fresh = partial(state.fresh_state, stage=stage, optimizer=updates, num_examples=pipeline.num_examples)
 
     with sharding.activate(mesh), contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(_stop_on_signal())
         abstract = state.abstract_state(embedder, stage, updates, pipeline.num_examples, mesh)
         parameters, body = state.count_parameters(abstract.params, axes)
         flops = metrics.flops_per_token(run.model, stage_config, body)
 
         for line in _introduction(stage_config, stage, start, parameters, body, mesh, sharding.undivided(axes, abstract.params, mesh)):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        checkpoints = stack.enter_context(
-            contextlib.closing(checkpoint.Checkpoints(folder, stage_config.keep_checkpoints, checkpoint.make_metadata(run, stage_config, tokenizer_sha256))))
+        metadata = checkpoint.make_metadata(run, stage_config, tokenizer_sha256)
+        checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder, stage_config.keep_checkpoints, metadata)))
         current = checkpoint.load_start(start, abstract, scratch=lambda: state.scratch_params(embedder, abstract, run.seed),
                                         begin=lambda params: state.begin(params, abstract, fresh))
         train_step = make_train_step(stage, updates, schedule, run.seed, abstract)
@@ -83,21 +86,23 @@ def train_stage(run: config.Run, stage_config: config.Stage, *, stage: Stage, em
         recorder = stack.enter_context(contextlib.closing(metrics.Recorder(folder, stage_config, first, console, flops, _peak_flops(mesh))))
         late = _OneStepLate(recorder, pipeline)
         batches = stack.enter_context(_closing_iterator(pipeline.iterate(first)))
-        stop = stop or stack.enter_context(_stop_on_signal())
 
         for step in range(first + 1, stage_config.steps + 1):
+            if stop():
+                if step > first + 1:
+                    late.flush()
+                    checkpoints.save(step - 1, current)
+                    checkpoints.wait()
+                raise Preempted(f"stage {stage_config.name!r} stopped at step {step - 1} of {stage_config.steps}; "
+                                "start the same command again to go on")
             began = time.perf_counter()
             batch = next(batches)
             recorder.meter.waited(time.perf_counter() - began)
             current, step_metrics = train_step(current, sharding.global_batch(batch, mesh))
             late.put(step, step_metrics)
-            asked_to_stop = step < stage_config.steps and stop()
-            if step == stage_config.steps or step % stage_config.checkpoint_every == 0 or asked_to_stop:
+            if step == stage_config.steps or step % stage_config.checkpoint_every == 0:
                 late.flush()  # a record is never younger than the checkpoint that a resumed run starts from
                 checkpoints.save(step, current)
-            if asked_to_stop:
-                checkpoints.wait()
-                raise Preempted(f"stage {stage_config.name!r} stopped at step {step} of {stage_config.steps} and is saved; start the same command again to go on")
         checkpoints.wait()
         return StageResult(folder, stage_config.steps, recorder.meter.seconds, recorder.last, stage_config.steps - first)
 
@@ -121,8 +126,9 @@ class _OneStepLate:
         self._recorder.record(step, values)
         if values["skipped_in_row"] >= MAX_SKIPPED_IN_ROW:
             raise TrainingError(
-                f"step {step}: the loss or gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row (loss {values['loss']}, gradient norm {values['grad_norm']}); "
-                f"parameters and checkpoints are untouched. Look at the examples {_example_ids(self._pipeline.batch(step - 1))}, or lower the learning rate")
+                f"step {step}: the loss or gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row (loss {values['loss']}, "
+                f"gradient norm {values['grad_norm']}); parameters and checkpoints are untouched. Look at the examples "
+                f"{_example_ids(self._pipeline.batch(step - 1))}, or lower the learning rate")
 
 
 def _example_ids(batch: Mapping[str, Any], task: str = "") -> str:
@@ -136,14 +142,17 @@ def _example_ids(batch: Mapping[str, Any], task: str = "") -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _introduction(stage_config: config.Stage, stage: Stage, start: checkpoint.Start, parameters: int, body: int, mesh: jax.sharding.Mesh,
-                  undivided: list[str]) -> Iterator[str]:
+def _introduction(
+    stage_config: config.Stage, stage: Stage, start: checkpoint.Start, parameters: int, body: int, mesh: jax.sharding.Mesh,
+    undivided: list[str],
+) -> Iterator[str]:
     """What a person wants to know before the first step."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield f"stage {stage_config.name} ({stage_config.kind}), {stage_config.steps:,} steps"
     facts: dict[str, Any] = {
         "start": start,
         "parameters": f"{parameters:,} ({body:,} outside the embedding table)",
-        "mesh": f"{', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "mesh": f"{sizes} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         **stage.describe(),
     }
     if undivided:
@@ -168,7 +177,7 @@ def _closing_iterator(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask to stop after the current step; a second one acts as it did before. Only the main thread may listen."""
+    """SIGTERM and SIGINT ask to stop after the current step; a second SIGINT acts at once. Only the main thread may listen."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -177,7 +186,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, _: Any) -> None:
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:
         for number in before:

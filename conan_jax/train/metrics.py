@@ -50,14 +50,14 @@ _SHORT = {"learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/
 
 def flops_per_token(model: config.Model, stage: config.Stage, body_parameters: int) -> float:
     """Training FLOPs of one real token, by the convention above. L is the longest row the stage trains on."""
-    lengths = config.Run._lengths(stage)
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * max(lengths, default=0)
+    longest = max(config.Run._lengths(stage), default=0)
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * longest
     vocabulary = 6 * model.vocab_size * model.hidden_size if isinstance(stage, config.LMStage) else 0
     return float(6 * body_parameters + attention + vocabulary)
 
 
 class Meter:
-    """Rates over the steps since the last reading, the first step of a process (which compiles) left out. Seconds of `time.perf_counter`."""
+    """Rates over the steps since the last reading; the first step of a process, which compiles, is left out."""
 
     def __init__(self, flops_per_token: float, peak_flops: float | None, seconds: float = 0.0) -> None:
         """`peak_flops` of all devices together, None when unknown; `seconds` already spent by earlier processes."""
@@ -155,8 +155,9 @@ class _Bar:
     """A live progress bar with rate and ETA."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int) -> None:
-        self._progress = Progress(TextColumn("[bold]{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                                  TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=console, speed_estimate_period=60)
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                   TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        self._progress = Progress(*columns, console=console, speed_estimate_period=60)
         self._task = self._progress.add_task(name, total=steps, completed=start, rate="", shown="")
         self._progress.start()
 
@@ -219,7 +220,7 @@ class Recorder:
         record = {"step": step, **metrics, **self.meter.read()}
         self._lines.write(record)
         for key, value in record.items():
-            if key != "step":
+            if key != "step" and math.isfinite(value):
                 self._events.add_scalar(key, value, step)
         self._view.show(record)
 

@@ -17,7 +17,8 @@ import jax  # noqa: E402
 from conan_jax import config  # noqa: E402
 from conan_jax.model import Embedder  # noqa: E402
 from conan_jax.stages import make_stage  # noqa: E402
-from conan_jax.train.loop import train_stage  # noqa: E402
+from conan_jax.train import loop  # noqa: E402
+from conan_jax.train.step import make_train_step  # noqa: E402
 from tests.stages import examples  # noqa: E402
 
 STEPS, CHECKPOINT_EVERY = 10, 3
@@ -43,14 +44,18 @@ def main(folder: Path, programs: str) -> None:
     for name, value in (("dir", programs), ("min_compile_time_secs", 0.0), ("min_entry_size_bytes", -1)):
         jax.config.update("jax_compilation_cache_dir" if name == "dir" else f"jax_persistent_cache_{name}", value)
     optimizer = config.Optimizer(learning_rate=1e-2)
-    stages = tuple(dataclasses.replace(examples.STAGES[kind], steps=STEPS, checkpoint_every=CHECKPOINT_EVERY, log_every=1, optimizer=optimizer) for kind in ORDER)
+    common = {"steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "log_every": 1, "optimizer": optimizer}
+    stages = tuple(dataclasses.replace(examples.STAGES[kind], **common) for kind in ORDER)
     model, tokenizer = dataclasses.replace(examples.MODEL, vocab_size=264), config.Tokenizer(vocab_size=264)
-    run = config.Run(name="killed", stages=stages, datasets=(config.Dataset("d", "pair", "unused"),), model=model, tokenizer=tokenizer, output_dir=str(folder))
-    embedder, previous = Embedder(model), None
+    data = (config.Dataset("d", "pair", "unused"),)
+    run = config.Run(name="killed", stages=stages, datasets=data, model=model, tokenizer=tokenizer, output_dir=str(folder))
+    embedder, previous, train_steps = Embedder(model), None, []
+    loop.make_train_step = lambda *arguments: train_steps.append(make_train_step(*arguments)) or train_steps[-1]
     for stage in stages:
-        train_stage(run, stage, stage=make_stage(stage, embedder), embedder=embedder, pipeline=SlowPipeline(stage.kind), tokenizer_sha256="aaa",
-                    folder=folder / stage.name, previous_folder=previous)
+        loop.train_stage(run, stage, stage=make_stage(stage, embedder), embedder=embedder, pipeline=SlowPipeline(stage.kind),
+                         tokenizer_sha256="aaa", folder=folder / stage.name, previous_folder=previous)
         previous = folder / stage.name
+    print("compilations", [step._cache_size() for step in train_steps])
 
 
 if __name__ == "__main__":

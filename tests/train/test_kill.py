@@ -25,9 +25,10 @@ PATIENCE = 240.0  # seconds until a moment must have come, on a crowded machine
 
 
 def launch(folder, programs):
-    log = (folder.parent / f"{folder.name}.log").open("ab")
-    return subprocess.Popen([sys.executable, "-m", "tests.train.kill_harness", str(folder), str(programs)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                            env={k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")})
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        command = [sys.executable, "-m", "tests.train.kill_harness", str(folder), str(programs)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def steps_logged(stage_folder):
@@ -100,6 +101,10 @@ def test_every_step_is_recorded_once_with_the_same_numbers(both_runs, kind):
     base, deaths = both_runs
     assert records(base / "killed" / kind) == records(base / "calm" / kind), f"after the kills {deaths}"
     assert [line["step"] for line in records(base / "killed" / kind)] == list(range(1, STEPS + 1))
+
+
+def test_each_stage_compiled_once(both_runs):
+    assert "compilations [1, 1, 1, 1]" in (both_runs[0] / "calm.log").read_text()
 
 
 def test_the_hard_negatives_did_move(both_runs):

@@ -20,8 +20,9 @@ from tests.train.toy_stage import ToyEmbedder, ToyPipeline, ToyStage, toy_run
 
 def train(folder, steps=12, stage=None, pipeline=None, previous=None, stop=None, devices=1, **options):
     run, out = toy_run(steps, **options), io.StringIO()
-    result = train_stage(run, run.stages[0], stage=stage or ToyStage(), embedder=ToyEmbedder(), pipeline=pipeline or ToyPipeline(), tokenizer_sha256="aaa",
-                         folder=folder, previous_folder=previous, console=Console(file=out, width=200), stop=stop, devices=jax.devices()[:devices])
+    result = train_stage(run, run.stages[0], stage=stage or ToyStage(), embedder=ToyEmbedder(), pipeline=pipeline or ToyPipeline(),
+                         tokenizer_sha256="aaa", folder=folder, previous_folder=previous, console=Console(file=out, width=200), stop=stop,
+                         devices=jax.devices()[:devices])
     return result, out.getvalue()
 
 
@@ -55,12 +56,14 @@ def test_a_stage_runs_to_its_last_step_and_leaves_its_files(uninterrupted):
     assert result.metrics["step"] == 12 and result.metrics["loss"] == losses(folder)[12]
     assert [line["step"] for line in files(folder)] == list(range(1, 13))
     assert checkpoint.latest_step(folder) == 12 and list((folder / "tensorboard").iterdir())
-    assert {"loss", "learning_rate", "alpha", "grad_norm", "tokens_per_second", "data_wait", "skipped", "seconds"} <= files(folder)[-1].keys()
+    named = {"loss", "learning_rate", "alpha", "grad_norm", "tokens_per_second", "data_wait", "skipped", "seconds"}
+    assert named <= files(folder)[-1].keys()
 
 
 def test_the_start_says_what_a_person_wants_to_know(uninterrupted):
     *_, text = uninterrupted
-    for part in ("start: from scratch", "parameters: 784 (272 outside the embedding table)", "mesh: data 1, fsdp 1, tensor 1", "global batch: 8", "tokens per step: 8"):
+    for part in ("start: from scratch", "parameters: 784 (272 outside the embedding table)", "mesh: data 1, fsdp 1, tensor 1",
+                 "global batch: 8", "tokens per step: 8"):
         assert part in text
 
 
@@ -72,7 +75,7 @@ def test_learning_happens_and_the_step_is_the_traced_one(uninterrupted):
 
 @pytest.mark.parametrize("at", [1, 6, 8])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, uninterrupted, at):
-    polls = iter(range(1, 100))
+    polls = iter(range(100))
     with pytest.raises(Preempted, match=f"stopped at step {at} of 12.*same command") as error:
         train(tmp_path / "toy", stop=lambda: next(polls) == at)
     assert error.value.exit_code == 42 and checkpoint.latest_step(tmp_path / "toy") == at
@@ -81,6 +84,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, uninterrupted, at):
     assert final_arrays(tmp_path / "toy") == final_arrays(uninterrupted[0])
     assert losses(tmp_path / "toy") == losses(uninterrupted[0])
     assert len(files(tmp_path / "toy")) == 12
+
+
+def test_a_stop_before_the_first_step_saves_nothing(tmp_path):
+    with pytest.raises(Preempted, match="step 0 of 12"):
+        train(tmp_path / "toy", stop=lambda: True)
+    assert checkpoint.latest_step(tmp_path / "toy") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -158,7 +167,7 @@ def test_a_failing_pipeline_leaves_whole_checkpoints(tmp_path, uninterrupted):
 
 
 def test_a_run_moves_between_meshes(tmp_path, uninterrupted):
-    polls = iter(range(1, 100))
+    polls = iter(range(100))
     with pytest.raises(Preempted):
         train(tmp_path / "toy", devices=8, stop=lambda: next(polls) == 6)
     train(tmp_path / "toy", devices=1)

@@ -89,7 +89,8 @@ def recorded(folder, steps, log_every=5, start=0, terminal=False):
     recorder = metrics.Recorder(folder, stage, start, Console(file=out, force_terminal=terminal, width=200), 1.0, None)
     for step in range(start + 1, steps + 1):
         bad = step in (7, 8)
-        recorder.record(step, {"loss": 1 / step, "tokens": 8.0, "grad_norm": 1.0, "learning_rate": 1e-3, "skipped": min(max(step - 6, 0), 2), "skipped_in_row": float(bad)})
+        skips = {"skipped": min(max(step - 6, 0), 2), "skipped_in_row": float(bad)}
+        recorder.record(step, {"loss": 1 / step, "tokens": 8.0, "grad_norm": 1.0, "learning_rate": 1e-3, "absent": float("nan"), **skips})
     recorder.close()
     return out.getvalue()
 
@@ -100,7 +101,9 @@ def test_records_come_at_log_every_at_the_end_and_at_each_skip(tmp_path):
     assert [(tag, step) for tag, step, _ in events(tmp_path / "tensorboard") if tag == "loss"] == [("loss", s) for s in (5, 7, 8, 10, 12)]
     assert dict(((s, round(v, 6)) for t, s, v in events(tmp_path / "tensorboard") if t == "loss"))[5] == 0.2
     printed = text.splitlines()
-    assert printed[0].startswith("toy 5/12") and printed[-1].startswith("toy 12/12") and "steps/s" in printed[-1] and "ETA 0:00:00" in printed[-1]
+    assert printed[0].startswith("toy 5/12") and printed[-1].startswith("toy 12/12")
+    assert "steps/s" in printed[-1] and "ETA 0:00:00" in printed[-1]
+    assert not [tag for tag, _, _ in events(tmp_path / "tensorboard") if tag == "absent"]
 
 
 def test_a_resumed_recorder_continues_time_and_steps(tmp_path):

@@ -21,7 +21,8 @@ def build(stage, mesh_sizes=(1, 1, 1), devices=1, steps=20):
     embedder, pipeline, optimizer = ToyEmbedder(), ToyPipeline(), toy_run(steps).stages[0].optimizer
     schedule, tx = learning_rate_at(optimizer, steps), make_optimizer(optimizer, steps, embedder.axes())
     abstract = states.abstract_state(embedder, stage, tx, pipeline.num_examples, mesh)
-    begun = states.begin(states.scratch_params(embedder, abstract, 0), abstract, lambda p: states.fresh_state(p, stage, tx, pipeline.num_examples))
+    params = states.scratch_params(embedder, abstract, 0)
+    begun = states.begin(params, abstract, lambda p: states.fresh_state(p, stage, tx, pipeline.num_examples))
     return mesh, begun, make_train_step(stage, tx, schedule, 0, abstract), abstract, schedule
 
 

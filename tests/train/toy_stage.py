@@ -70,5 +70,7 @@ class ToyPipeline:
 def toy_run(steps=12, **stage):
     """A recipe whose only stage is the toy; the model's sizes are irrelevant to it."""
     stage = {"checkpoint_every": 4, "log_every": 1, "optimizer": config.Optimizer(learning_rate=1e-2)} | stage
-    return config.Run(name="toy", datasets=(), model=config.Model(vocab_size=512, hidden_size=16, num_heads=2, num_kv_heads=1), tokenizer=config.Tokenizer(vocab_size=300),
-                      stages=(config.CustomStage(name="toy", kind="toy_stage:ToyStage", steps=steps, **stage),))
+    model = config.Model(vocab_size=512, hidden_size=16, num_heads=2, num_kv_heads=1)
+    return config.Run(name="toy", datasets=(), model=model, tokenizer=config.Tokenizer(vocab_size=300), stages=(
+        config.CustomStage(name="toy", kind="toy_stage:ToyStage", steps=steps, **stage),
+    ))
