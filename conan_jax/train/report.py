@@ -1,0 +1,315 @@
+"""`report.html` of a run: one file that opens offline, made of nothing but what lies in the run folder.
+
+Reads config.json, summary.json, searches.json and each stage's metrics.jsonl and evaluation.json. Whatever is not there yet is left
+out, so a run may be looked at while it trains.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from conan_jax.errors import DataError
+from conan_jax.train.charts import Line, bars, curves
+
+BASELINES = ("untrained", "bm25")
+HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy")
+PACKAGES = ("conan_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "sentencepiece", "numpy")
+SCHEDULED = ("learning_rate", "alpha", "replaced_low", "replaced_drop", "exhausted")  # exact, so never smoothed
+TEMPLATE = Path(__file__).with_name("report.html")
+
+Records = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds. `metrics` and `evaluations` are in the order of the stages, only those that exist."""
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    searches: dict[str, list[dict[str, Any]]]
+    metrics: dict[str, Records]
+    evaluations: dict[str, dict[str, dict[str, float]]]
+
+    @property
+    def stages(self) -> list[str]:
+        return [stage["name"] for stage in self.config.get("stages", [])]
+
+    @property
+    def main(self) -> str | None:
+        """The evaluation whose figures stand in summary.json, or the first there is."""
+        marked = [e["name"] for e in self.config.get("evaluations", []) if e.get("main")]
+        found = list(dict.fromkeys(name for figures in self.evaluations.values() for name in figures))
+        return next((name for name in (*marked, *found) if name in found), None)
+
+
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Write `report.html` into `run_folder` and return its path.
+
+    Raises `DataError` when the folder is no run or one of its JSON files is damaged.
+    """
+    files = read_run(Path(run_folder))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=files.config.get("name", files.folder.resolve().name),
+        cards=cards(files),
+        by_stage=stage_bars(files),
+        tables=[table for metric in HEADLINES if (table := result_table(files, metric))],
+        other_tables=[table for metric in _other_metrics(files) if (table := result_table(files, metric))],
+        losses=loss_charts(files),
+        charts=run_charts(files),
+        progress=stage_progress(files),
+        searches=files.searches,
+        timings=files.summary.get("timings", {}),
+        settings=settings_sections(files.config),
+        versions=versions(),
+    )
+    target = files.folder / "report.html"
+    partial = files.folder / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read what there is of a run. Raises `DataError` when `folder` has no config.json, or a file is not what it must be."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} is not the folder of a run (no config.json); train one with `conan demo` or `conan train`")
+    config = _json(folder / "config.json")
+    stages = [stage["name"] for stage in config.get("stages", [])]
+    metrics = {name: _json_lines(folder / name / "metrics.jsonl") for name in stages}
+    evaluations = {name: _json(folder / name / "evaluation.json") for name in (*BASELINES, *stages)}
+    return RunFiles(
+        folder=folder, config=config, summary=_json(folder / "summary.json"), searches=_json(folder / "searches.json"),
+        metrics={name: records for name, records in metrics.items() if records},
+        evaluations={name: figures for name, figures in evaluations.items() if figures},
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); remove it and run the command again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object; remove it and run the command again")
+    return value
+
+
+def _json_lines(path: Path) -> Records:
+    """The whole records of a metrics.jsonl; a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number} is not JSON; remove the line and run the command again") from None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def cards(files: RunFiles) -> list[dict[str, str]]:
+    """The few numbers a person looks for first."""
+    made = []
+    trained = [name for name in files.stages if name in files.evaluations]
+    main = files.main
+    if trained and main:
+        figures = files.evaluations[trained[-1]].get(main, {})
+        metric = next((m for m in HEADLINES if m in figures), None)
+        if metric:
+            beside = [f"{_title(b)} {files.evaluations[b][main][metric]:.3f}" for b in BASELINES if metric in files.evaluations.get(b, {}).get(main, {})]
+            made.append({"label": f"{_metric(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}", "note": ", ".join(beside)})
+    if "parameters" in files.summary:
+        made.append({"label": "parameters", "value": _short(files.summary["parameters"]), "note": f"{files.summary['parameters']:,}"})
+    if "seconds" in files.summary:
+        made.append({"label": "time", "value": _clock(files.summary["seconds"]), "note": "all phases, evaluation included"})
+    steps = sum(records[-1]["step"] for records in files.metrics.values())
+    if steps:
+        made.append({"label": "updates", "value": f"{steps:,}", "note": f"{len(files.metrics)} of {len(files.stages)} stages begun"})
+    return made
+
+
+def result_table(files: RunFiles, metric: str) -> dict[str, Any] | None:
+    """Rows: evaluations that have `metric`; columns: baselines and stages. The best trained figure of a row is marked."""
+    columns = list(files.evaluations)
+    names = [n for n in dict.fromkeys(n for f in files.evaluations.values() for n in f) if any(metric in files.evaluations[c].get(n, {}) for c in columns)]
+    rows = []
+    for name in names:
+        values = [files.evaluations[c].get(name, {}).get(metric) for c in columns]
+        trained = [v for c, v in zip(columns, values, strict=True) if v is not None and c not in BASELINES]
+        best = max(trained, default=None)
+        rows.append({"name": name, "cells": [
+            {"text": "" if v is None else f"{v:.3f}", "share": 0 if v is None else round(100 * max(0.0, min(v, 1.0))),
+             "best": v is not None and v == best and c not in BASELINES, "baseline": c in BASELINES}
+            for c, v in zip(columns, values, strict=True)]})
+    return {"metric": _metric(metric), "columns": [_title(c) for c in columns], "rows": rows} if rows else None
+
+
+def _other_metrics(files: RunFiles) -> list[str]:
+    found = dict.fromkeys(m for figures in files.evaluations.values() for values in figures.values() for m in values)
+    return [m for m in found if m not in HEADLINES]
+
+
+def stage_bars(files: RunFiles) -> Markup | None:
+    """The main figure by stage beside the baselines."""
+    main = files.main
+    metric = next((m for m in HEADLINES if main and any(m in f.get(main, {}) for f in files.evaluations.values())), None)
+    if metric is None:
+        return None
+    values = {_title(who): f[main][metric] for who, f in files.evaluations.items() if metric in f.get(main, {})}
+    return bars(f"{_metric(metric)} by stage", list(values), list(values.values()), [_title(b) for b in BASELINES])
+
+
+def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
+    """A chart of the loss for each stage; a stage of several tasks shows each task's own."""
+    charts = []
+    for stage, records in files.metrics.items():
+        tasks = [key for key in _keys(records) if key.startswith("loss/")]
+        lines = [_line(records, "loss", "weighted sum" if tasks else "loss", 0)]
+        lines += [_line(records, key, key.partition("/")[2], i) for i, key in enumerate(tasks, 1)]
+        lines = [line for line in lines if line.values]
+        if lines:
+            charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines), "note": f"{lines[0].values[0]:.3f} \u2192 {lines[0].values[-1]:.3f}"})
+    return charts
+
+
+def run_charts(files: RunFiles) -> list[dict[str, Any]]:
+    """Charts over the whole run, stages side by side: what moved, and how fast."""
+    wanted = [
+        ("Learning rate", "AdamW, warmup then decay, stage by stage", {"learning_rate": ""}, False),
+        ("Soft mask \u03b1", "0 is causal, 1 is bidirectional", {"alpha": ""}, False),
+        ("Gradient norm", "before clipping, logarithmic", {"grad_norm": ""}, True),
+        ("Cosine of positives and negatives", "means over the batch; hard negatives are the active slots",
+         {"positive_score": "positives", "negative_score": "negatives", "hard_negative_score": "hard negatives"}, False),
+        ("Hard negatives replaced", "running totals, by the rule that asked",
+         {"replaced_low": "low first score", "replaced_drop": "fallen score", "exhausted": "pool exhausted"}, False),
+        ("Tokens per second", "real tokens, padding not counted", {"tokens_per_second": ""}, False),
+        ("MFU", "share of the device's peak", {"mfu": ""}, False),
+    ]
+    steps = {stage["name"]: stage.get("steps", 0) for stage in files.config.get("stages", [])}
+    charts = []
+    for title, note, labels, log in wanted:
+        found = {stage: _leading([(key, labels[key.partition("/")[0]]) for key in _keys(records) if key.partition("/")[0] in labels])
+                 for stage, records in files.metrics.items()}
+        stages = [stage for stage, keys in found.items() if any(_line(files.metrics[stage], key, "", 0).values for key, _ in keys)]
+        lines, named = [], set()
+        for i, stage in enumerate(stages):
+            for key, label in found[stage]:
+                line = _line(files.metrics[stage], key, "" if label in named else label, list(labels.values()).index(label))
+                if len(stages) > 1:
+                    line = replace(line, steps=[i + x / max(steps[stage], files.metrics[stage][-1]["step"]) for x in line.steps])
+                lines.append(line)
+                named.add(label)
+        if lines:
+            where = f"{note}; in {stages[0]}" if len(stages) == 1 else note
+            charts.append({"title": title, "note": where, "svg": curves(title, lines, log=log, stages=stages if len(stages) > 1 else ())})
+    return charts
+
+
+def _leading(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of several tasks with the same figure, the first (retrieval stands first in a recipe): one line a meaning."""
+    chosen: dict[str, str] = {}
+    for key, label in found:
+        chosen.setdefault(label, key)
+    return [(key, label) for label, key in chosen.items()]
+
+
+def _keys(records: Records) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record))
+
+
+def _line(records: Records, key: str, label: str, colour: int) -> Line:
+    points = [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    return Line(label, [x for x, _ in points], [y for _, y in points], colour, noisy=key not in SCHEDULED)
+
+
+def stage_progress(files: RunFiles) -> list[dict[str, Any]]:
+    """How far each stage is, and what it skipped."""
+    rows = []
+    for stage in files.config.get("stages", []):
+        records = files.metrics.get(stage["name"], [])
+        last = records[-1] if records else {}
+        done = last.get("step", 0)
+        rows.append({"name": stage["name"], "kind": stage.get("kind", ""), "done": done, "steps": stage.get("steps", 0),
+                     "percent": round(100 * done / stage["steps"]) if stage.get("steps") else 0,
+                     "seconds": _clock(last["seconds"]) if isinstance(last.get("seconds"), int | float) else "",
+                     "skipped": int(last.get("skipped") or 0)})
+    return rows
+
+
+def settings_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configuration as sections of (dotted key, value) rows: the run, the model, each stage ..."""
+    sections: list[dict[str, Any]] = []
+    plain = {key: value for key, value in config.items() if not isinstance(value, dict | list)}
+    sections.append({"title": "run", "rows": list(_flat(plain))})
+    for key, value in config.items():
+        if isinstance(value, dict):
+            sections.append({"title": key, "rows": list(_flat(value))})
+        elif isinstance(value, list):
+            sections += [{"title": f"{key}: {item['name']}", "rows": list(_flat(item))} for item in value if isinstance(item, dict) and "name" in item]
+    return [s for s in sections if s["rows"]]
+
+
+def _flat(value: Any, prefix: str = "") -> Any:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for i, item in enumerate(value):
+            name = item.get("name", item.get("dataset", i)) if isinstance(item, dict) else i
+            yield from _flat(item, f"{prefix}[{name}]")
+    else:
+        yield prefix, json.dumps(value, ensure_ascii=False)
+
+
+def versions() -> dict[str, str]:
+    """Python, system and packages that wrote this page."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _title(who: str) -> str:
+    return "BM25" if who == "bm25" else who
+
+
+def _metric(name: str) -> str:
+    return {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy"}.get(name, name)
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s" if minutes else f"{s} s"
