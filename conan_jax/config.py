@@ -41,6 +41,7 @@ class Model:
     rms_norm_eps: float = 1e-6
     qk_norm: bool = False
     initializer_range: float = 0.02
+    embedding_initializer_range: float | None = None  # None: initializer_range; larger keeps words apart in short trainings
     pooling: str = "mean"  # a key of POOLINGS, or "package.module:attr"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # parameters are always float32
     scan_layers: bool = True  # one compiled layer body (TPU); False unrolls (17-20 % faster on CPU)
@@ -51,6 +52,8 @@ class Model:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                   "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "attention_block_size")
+        _check(self.embedding_initializer_range is None or self.embedding_initializer_range > 0,
+               f"model.embedding_initializer_range must be positive or null, got {self.embedding_initializer_range}")
         _check(self.hidden_size % self.num_heads == 0,
                f"model.hidden_size {self.hidden_size} must be a multiple of model.num_heads {self.num_heads}")
         _check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE; change model.num_heads")
@@ -84,7 +87,8 @@ class Dataset:
     """Where records come from and what they are.
 
     `source` is a path or glob of jsonl(.gz), csv, tsv, parquet or txt files (`$NAME` is taken from the
-    environment), or `tfds:NAME[/CONFIG]:SPLIT`. `fields` maps our field names to the source's columns
+    environment; several are joined by `;`), `tfds:NAME[/CONFIG]:SPLIT`, or `docstrings:PART`, the documentation of the
+    installed packages. `fields` maps our field names to the source's columns
     when they are not among the accepted spellings. `instruction` is the task in the query prompt.
     """
 

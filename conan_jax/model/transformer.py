@@ -36,7 +36,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_initializer_range or c.initializer_range), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         # Unrolling inside the scan keeps one parameter tree, [layers, ...], whatever `scan_layers` says.
         self.layers = nn.scan(
