@@ -19,6 +19,7 @@ where the packages lie. A folder whose `corpus.json` carries the same fingerprin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -50,7 +51,7 @@ class CorpusOptions:
     max_documents: int = 2000
     sts_pairs: int = 8000
     label_size: tuple[int, int] = (60, 300)  # records an area must have to be a label, and keeps at most
-    max_search: int = 12_000
+    max_search: int = 10_000
     search_chars: int = 300
 
 
@@ -70,7 +71,7 @@ def build_corpus(
     """
     out = Path(out_dir)
     roots = default_roots() if roots is None else [Path(r) for r in roots]
-    fingerprint = _fingerprint(roots, options)
+    fingerprint = _fingerprint(tuple(roots), options)
     done = _finished(out, fingerprint)
     if done is not None:
         return done
@@ -110,7 +111,8 @@ def build_corpus(
     return counts
 
 
-def _fingerprint(roots: Sequence[Path], options: CorpusOptions) -> str:
+@functools.lru_cache  # the environment does not change under a running process, and a recipe names many parts of one corpus
+def _fingerprint(roots: tuple[Path, ...], options: CorpusOptions) -> str:
     """Identity of a corpus: its settings, the code that makes it, and the names and sizes of the modules read."""
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
     for module in (docstring_reader, docstring_text, docstring_selection, docstring_records, sys.modules[__name__]):
@@ -124,14 +126,21 @@ def _finished(out: Path, fingerprint: str) -> dict[str, int] | None:
     """The counts of a complete, unaltered corpus with this fingerprint; None when it must be built."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["fingerprint"] == fingerprint and all(_sha256(out / n) == h for n, h in manifest["sha256"].items()):
+        if manifest["fingerprint"] == fingerprint and all(_sha256(*_state(out / n)) == h for n, h in manifest["sha256"].items()):
             return manifest["counts"]
     except (OSError, ValueError, KeyError):
         pass
     return None
 
 
-def _sha256(path: Path) -> str:
+def _state(path: Path) -> tuple[Path, int, int]:
+    status = path.stat()
+    return path, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """Hash of a file in the given state; hashed again when it changes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -49,7 +49,7 @@ class RunFiles:
     def main(self) -> str | None:
         """The evaluation whose figures stand in summary.json, or the first there is."""
         marked = [e["name"] for e in self.config.get("evaluations", []) if e.get("main")]
-        found = list(dict.fromkeys(name for figures in self.evaluations.values() for name in figures))
+        found = _evaluation_names(self)
         return next((name for name in (*marked, *found) if name in found), None)
 
 
@@ -65,7 +65,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         cards=cards(files),
         by_stage=stage_bars(files),
         tables=[table for metric in HEADLINES if (table := result_table(files, metric))],
-        other_tables=[table for metric in _other_metrics(files) if (table := result_table(files, metric))],
+        other_tables=[table for metric in _other_metrics(files) if (table := result_table(files, metric))] + language_tables(files),
         losses=loss_charts(files),
         charts=run_charts(files),
         progress=stage_progress(files),
@@ -152,23 +152,43 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
 
 def result_table(files: RunFiles, metric: str) -> dict[str, Any] | None:
     """Rows: evaluations that have `metric`; columns: baselines and stages. The best trained figure of a row is marked."""
-    columns = list(files.evaluations)
-    names = [n for n in dict.fromkeys(n for f in files.evaluations.values() for n in f) if any(metric in files.evaluations[c].get(n, {}) for c in columns)]
-    rows = []
-    for name in names:
-        values = [files.evaluations[c].get(name, {}).get(metric) for c in columns]
-        trained = [v for c, v in zip(columns, values, strict=True) if v is not None and c not in BASELINES]
-        best = max(trained, default=None)
-        rows.append({"name": name, "cells": [
-            {"text": "" if v is None else f"{v:.3f}", "share": 0 if v is None else round(100 * max(0.0, min(v, 1.0))),
-             "best": v is not None and v == best and c not in BASELINES, "baseline": c in BASELINES}
-            for c, v in zip(columns, values, strict=True)]})
-    return {"metric": _metric(metric), "columns": [_title(c) for c in columns], "rows": rows} if rows else None
+    values = {name: {who: figures[name][metric] for who, figures in files.evaluations.items() if metric in figures.get(name, {})}
+              for name in _evaluation_names(files)}
+    return _table(_metric(metric), list(files.evaluations), {name: row for name, row in values.items() if row})
+
+
+def language_tables(files: RunFiles) -> list[dict[str, Any]]:
+    """For each evaluation with figures by language (`ndcg@10/de`), a table whose rows are languages."""
+    tables = []
+    for name in _evaluation_names(files):
+        rows: dict[str, dict[str, float]] = {}
+        for who, figures in files.evaluations.items():
+            for key, value in figures.get(name, {}).items():
+                if key.startswith("ndcg@10/"):
+                    rows.setdefault(key.partition("/")[2], {})[who] = value
+        if rows:
+            tables.append(_table(f"{name}: nDCG@10 by language", list(files.evaluations), dict(sorted(rows.items())), "language"))
+    return tables
+
+
+def _table(title: str, columns: list[str], rows: dict[str, dict[str, float]], first: str = "evaluation") -> dict[str, Any] | None:
+    """What the page shows of `rows[name][column]`; None without rows."""
+    shown = []
+    for name, values in rows.items():
+        best = max((v for c, v in values.items() if c not in BASELINES), default=None)
+        cells = [{"text": f"{values[c]:.3f}" if c in values else "", "share": round(100 * min(max(values.get(c, 0.0), 0.0), 1.0)),
+                  "best": c not in BASELINES and c in values and values[c] == best, "baseline": c in BASELINES} for c in columns]
+        shown.append({"name": name, "cells": cells})
+    return {"metric": title, "first": first, "columns": [_title(c) for c in columns], "rows": shown} if shown else None
+
+
+def _evaluation_names(files: RunFiles) -> list[str]:
+    return list(dict.fromkeys(name for figures in files.evaluations.values() for name in figures))
 
 
 def _other_metrics(files: RunFiles) -> list[str]:
     found = dict.fromkeys(m for figures in files.evaluations.values() for values in figures.values() for m in values)
-    return [m for m in found if m not in HEADLINES]
+    return [m for m in found if m not in HEADLINES and "/" not in m]
 
 
 def stage_bars(files: RunFiles) -> Markup | None:
