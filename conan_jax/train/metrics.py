@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from conan_jax import config
+from conan_jax.errors import TrainingError
 
 # Dense bfloat16 peak of one jax device, FLOP/s, as its vendor states it (v2 and v3: a device is one of a chip's two cores).
 PEAK_FLOPS = {
@@ -112,13 +113,16 @@ class JsonLines:
         self.last, keep = _read_through(path, resume_step)
         if path.exists():
             os.truncate(path, keep)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record`; a number that is not finite becomes null, for JSON has none."""
+        """Append `record`; a number that is not finite becomes null, for JSON has none. Raises `TrainingError` when the disk refuses."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self._path} could not be written: {error.strerror}; make room, then start the same command again") from error
         self.last = finite
 
     def close(self) -> None:

@@ -155,13 +155,14 @@ def test_ids_of_sub_batches_are_named(tmp_path):
 def test_a_failing_pipeline_leaves_whole_checkpoints(tmp_path, uninterrupted):
     class Failing(ToyPipeline):
         def batch(self, step):
-            if step == 9:
+            if step == 8:
                 raise OSError("disk on fire")
             return super().batch(step)
 
     with pytest.raises(OSError, match="disk on fire"):
         train(tmp_path / "toy", pipeline=Failing())
     assert checkpoint.latest_step(tmp_path / "toy") == 8
+    assert [line["step"] for line in files(tmp_path / "toy")] == list(range(1, 9))  # no record is lost that the checkpoint stands for
     train(tmp_path / "toy")
     assert final_arrays(tmp_path / "toy") == final_arrays(uninterrupted[0])
 

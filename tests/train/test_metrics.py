@@ -9,6 +9,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from conan_jax import config
+from conan_jax.errors import TrainingError
 from conan_jax.train import metrics
 from tests.train.toy_stage import toy_run
 
@@ -44,6 +45,18 @@ def test_a_line_is_on_disk_before_close_and_nan_is_null(tmp_path):
     assert lines(tmp_path / "m" / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
     assert metrics.last_record(tmp_path / "m" / "metrics.jsonl")["step"] == 1
     log.close()
+
+
+def test_a_full_disk_is_a_plain_error(tmp_path, monkeypatch):
+    log = metrics.JsonLines(tmp_path / "metrics.jsonl", 0)
+
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "_file", Full())
+    with pytest.raises(TrainingError, match="metrics.jsonl could not be written: No space left.*make room"):
+        log.write({"step": 1})
 
 
 def test_rates_leave_the_compiling_step_out(monkeypatch):

@@ -81,6 +81,20 @@ def test_a_non_finite_gradient_under_a_finite_loss_is_skipped():
     assert equal(seen[0].params, ToyEmbedder().init(jax.random.key(0)))
 
 
+class Dice(ToyStage):
+    """Shows what its rng rolls."""
+
+    def loss(self, params, carry, batch, step, rng):
+        loss, (carry, metrics) = super().loss(params, carry, batch, step, rng)
+        return loss, (carry, metrics | {"roll": jax.random.uniform(rng)})
+
+
+def test_randomness_is_the_seed_folded_with_the_step():
+    history, *_ = run(Dice(), 3)
+    expected = [jax.random.uniform(jax.random.fold_in(jax.random.key(0), t)) for t in range(3)]
+    np.testing.assert_allclose([m["roll"] for m in history], expected, rtol=1e-6)
+
+
 def test_eight_devices_equal_one():
     one, seen_one, *_ = clean()
     for sizes in MESHES:
