@@ -53,16 +53,18 @@ def pairs(r):
 
 
 def packed(r):
-    """Rows of two segments and some padding; half of the tokens are targets."""
+    """Rows of two segments and some padding, the first row one segment from end to end; most tokens are marked as targets."""
     segments = np.zeros((B, L), np.int32)
     positions = np.zeros((B, L), np.int32)
     for row in range(B):
         first, second = r.integers(1, 4), r.integers(1, 4)
         segments[row, :first], segments[row, first : first + second] = 1, 2
         positions[row, :first], positions[row, first : first + second] = np.arange(first), np.arange(second)
+    segments[0], positions[0] = 1, np.arange(L)
     tokens = np.where(segments > 0, r.integers(4, MODEL.vocab_size, (B, L)), 0).astype(np.int32)
-    return {"ids": np.arange(B, dtype=np.int32), "tokens": tokens, "segment_ids": segments, "positions": positions,
-            "loss_mask": ((r.random((B, L)) < 0.7) & (segments > 0)).astype(np.float32)}
+    loss_mask = ((r.random((B, L)) < 0.7) & (segments > 0)).astype(np.float32)
+    loss_mask[0, 0] = 1
+    return {"ids": np.arange(B, dtype=np.int32), "tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": loss_mask}
 
 
 def batch_of(kind, seed=0):

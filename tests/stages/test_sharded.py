@@ -6,6 +6,7 @@ import pytest
 
 from conan_jax import config, sharding
 from conan_jax.stages import make_stage
+from conan_jax.stages.lm import _groups
 from tests.stages import examples
 
 
@@ -43,3 +44,9 @@ def test_eight_devices_agree_with_one_and_compile_once(kind):
             np.testing.assert_array_equal(state[name], eight_carry[task][name])
         np.testing.assert_allclose(state["s0"], eight_carry[task]["s0"], atol=1e-5)
     assert all(np.linalg.norm(jax.tree.leaves(g)[0]) > 0 for _, g, _ in one)
+
+
+def test_the_language_model_loss_has_a_group_for_each_part_of_the_batch():
+    assert _groups(16) == 1
+    with sharding.activate(sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
+        assert (_groups(16), _groups(6)) == (4, 1)

@@ -116,7 +116,7 @@ def supervised_by_hand(vectors, batch, slots):
 def test_supervised_adds_the_tasks_with_their_weights_inside_matryoshka(model):
     _, params, vectors = model
     batch = examples.batch_of("supervised")
-    batch["retrieval"]["pool_hash"][3, 0] = batch["retrieval"]["positive_hash"][4]  # one candidate is another example's positive
+    batch["retrieval"]["pool_hash"][3, 4] = batch["retrieval"]["positive_hash"][4]  # one candidate is another example's positive
     batch["retrieval"]["pool_size"][3] = examples.P
     stage, loss = stage_of(model, "supervised")
     carry = stage.init_carry(examples.EXAMPLES)
