@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import bm25s
-
+from conan_jax.data.bm25 import bm25_ranks
 from conan_jax.data.docstring_reader import Doc
 from conan_jax.data.docstring_selection import document_of, full_text, is_query, key
 from conan_jax.data.docstring_text import fingerprint_text, one_line, sentences, shorten, spoken
@@ -86,20 +84,15 @@ def hard_negative_pools(docs: Sequence[Doc], pools: int, pool_size: int, documen
     askers = [i for i, (doc, _) in enumerate(held) if is_query(doc)][:pools]
     if len(held) < 2 or not askers:
         return
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize([body for _, body in held], stopwords="en", show_progress=False), show_progress=False)
-    queries = bm25s.tokenize([held[i][0].summary for i in askers], stopwords="en", show_progress=False, return_ids=False)
-    ranked, scores = index.retrieve(queries, k=min(pool_size + 12, len(held)), show_progress=False, backend_selection="numpy")
+    ranked = bm25_ranks([held[i][0].summary for i in askers], [body for _, body in held], pool_size + 12)
     summaries = [fingerprint_text(doc.summary) for doc, _ in held]
     leaves = [doc.qualname.rpartition(".")[2] for doc, _ in held]
-    for i, candidates, points in zip(askers, ranked, scores, strict=True):
+    for i, candidates in zip(askers, ranked, strict=True):
         doc, positive = held[i]
         seen, pool = {positive}, []
-        for j in sorted(range(len(candidates)), key=lambda j: (-points[j], candidates[j])):
-            c = int(candidates[j])
+        for c in candidates[candidates >= 0]:
             body = held[c][1]
-            if points[j] <= 0 or body in seen or summaries[c] == summaries[i] or leaves[c] == leaves[i]:
+            if body in seen or summaries[c] == summaries[i] or leaves[c] == leaves[i]:
                 continue
             seen.add(body)
             pool.append(body)

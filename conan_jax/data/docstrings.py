@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from conan_jax.data import docstring_reader, docstring_records, docstring_selection, docstring_text
+from conan_jax.data import bm25, docstring_reader, docstring_records, docstring_selection, docstring_text
 from conan_jax.data.docstring_reader import default_roots, find_modules, read_docstrings
 from conan_jax.data.docstring_selection import balance, deduplicate, evaluation_set, hold_out
 from conan_jax.errors import DataError
@@ -115,7 +115,7 @@ def build_corpus(
 def _fingerprint(roots: tuple[Path, ...], options: CorpusOptions) -> str:
     """Identity of a corpus: its settings, the code that makes it, and the names and sizes of the modules read."""
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    for module in (docstring_reader, docstring_text, docstring_selection, docstring_records, sys.modules[__name__]):
+    for module in (bm25, docstring_reader, docstring_text, docstring_selection, docstring_records, sys.modules[__name__]):
         digest.update(Path(module.__file__).read_bytes())
     for name, path in find_modules(roots):
         digest.update(f"{name}\0{path.stat().st_size}\n".encode())

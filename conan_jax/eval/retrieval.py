@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from conan_jax import config
+from conan_jax.data.bm25 import bm25_ranks
 from conan_jax.errors import DataError
 
 MEASURES = {
@@ -29,8 +29,6 @@ MEASURES = {
     "mrr@10": ir_measures.RR @ 10,
 }
 DEPTH = 100  # ranks kept a query: what the deepest measure reads
-# Scripts without spaces between words are cut into characters, so that BM25 has terms to match there.
-BM25_TOKENS = r"(?u)[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]{2,}"
 
 Figures = dict[str, float]
 
@@ -80,29 +78,9 @@ def evaluate_retrieval(encoder: Any, evaluation: config.Evaluation) -> Figures:
 
 
 def evaluate_bm25(evaluation: config.Evaluation) -> Figures:
-    """Figures of BM25 (Lucene's variant, k1 1.5, b 0.75, English stop words) on the same folder."""
+    """Figures of BM25 on the same folder (see `data.bm25`)."""
     data = read_beir(evaluation.path, evaluation.split, evaluation.max_queries)
     return score(data, bm25_ranks(data.queries, data.documents, DEPTH))
-
-
-def bm25_ranks(queries: Sequence[str], documents: Sequence[str], k: int) -> Int[np.ndarray, "Q k"]:
-    """The k best documents a query by BM25, ties by document order; -1 where no further document shares a term."""
-    import bm25s
-
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-
-    def terms(texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(list(texts), token_pattern=BM25_TOKENS, stopwords="en", return_ids=False, show_progress=False)
-
-    index = bm25s.BM25()
-    index.index(terms(documents), show_progress=False)
-    k = min(k, len(documents))
-    ranks = np.full((len(queries), k), -1, np.int64)
-    for i, query in enumerate(terms(queries)):
-        scores = index.get_scores(query) if query else np.zeros(len(documents), np.float32)
-        best = _best(scores[None], k)[0]
-        ranks[i] = np.where(scores[best] > 0, best, -1)
-    return ranks
 
 
 def top_k(
