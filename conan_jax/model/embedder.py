@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -77,7 +77,9 @@ class Embedder:
 
     def _boxed(self, key: Array) -> Any:
         row = jnp.zeros((1, 1), jnp.int32)
-        return self._module.init(key, row, row[0] + 1, row[0], Bidirectional(), method="embed")["params"]
+        # The tree is the same one unrolled; as a scan it is made with one compiled layer body.
+        scanned = Decoder(replace(self.config, scan_layers=True))
+        return scanned.init(key, row, row[0] + 1, row[0], Bidirectional(), method="embed")["params"]
 
 
 def num_params(config: configs.Model) -> int:

@@ -24,3 +24,8 @@ def params_of(embedder: Embedder):
     rng = np.random.default_rng(7)
     return jax.tree_util.tree_map_with_path(
         lambda path, s: (rng.normal(size=s.shape) * 0.3 + ("norm" in jax.tree_util.keystr(path))).astype(np.float32), shapes)
+
+
+# Compiled once an embedder, mask kind and shape, whatever the number of calls.
+hidden_of = jax.jit(Embedder.hidden, static_argnums=0)
+embed_of = jax.jit(Embedder.embed, static_argnums=0)
