@@ -140,12 +140,12 @@ def public_names(docs: dict[tuple[str, str], Doc], aliases: list[tuple[str, str]
             exports.setdefault(alias.rpartition(".")[0], []).append(alias)
 
     def resolve(path: str, depth: int = 0) -> str | None:
-        if path in tops:
-            return path
         if depth > 8:
             return None
-        if path in direct:
-            return resolve(direct[path], depth + 1)
+        if direct.get(path, path) != path and (imported := resolve(direct[path], depth + 1)):
+            return imported  # before a submodule of the same name: the import comes later
+        if path in tops:
+            return path
         owner, _, leaf = path.rpartition(".")
         return next((r for star in stars.get(owner, ()) if (r := resolve(f"{star}.{leaf}", depth + 1))), None)
 

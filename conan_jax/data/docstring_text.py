@@ -72,7 +72,7 @@ def split_docstring(text: str) -> tuple[str, str, str]:
     """
     signature = ""
     first, _, rest = text.partition("\n\n")
-    while _SIGNATURE.fullmatch(one_line(first)):  # C functions may state it twice
+    while _SIGNATURE.fullmatch(first.strip()):  # C functions may state it twice
         signature, (first, _, rest) = one_line(first), rest.strip().partition("\n\n")
     if "\n" in first and _SIGNATURE.fullmatch(head := first.partition("\n")[0].strip()):
         signature, first = head, first.partition("\n")[2]
