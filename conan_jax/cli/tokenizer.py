@@ -36,18 +36,22 @@ _ENCODE_EXAMPLES = """[bold]Examples[/bold]
  conan tokenizer encode tokenizer --pieces < notes.txt
 """
 
+_VOCAB_SIZE = "Tokens, the 256 bytes and 4 special ids included.  [dim]default: 151000[/dim]"
+_COVERAGE = "Share of characters that get a token; the rest is bytes.  [dim]default: 0.9999[/dim]"
+_SAMPLE = "Train on a spread sample of this size.  [dim]default: 2000000000[/dim]"
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tokenizer, or its model file.")]
 
 
 @app.command("train", epilog=_TRAIN_EXAMPLES)
 def train(
     datasets: Annotated[Optional[list[Path]], typer.Argument(metavar="DATASET...", help="Folders of built datasets.")] = None,
-    config: Annotated[Optional[str], typer.Option("--config", help="Train the tokenizer of this recipe, in its data folder, on its datasets.")] = None,
-    overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="With --config: override one value. Repeatable.")] = None,
+    config: Annotated[Optional[str], typer.Option("--config", help="Train this recipe's tokenizer in its data folder.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="With --config: override a value.")] = None,
     out: Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of the tokenizer.")] = None,
-    vocab_size: Annotated[Optional[int], typer.Option(help="Tokens, the 256 bytes and 4 special ids included.  [dim]default: 151000[/dim]")] = None,
-    character_coverage: Annotated[Optional[float], typer.Option(help="Share of characters that get a token; the rest is bytes.  [dim]default: 0.9999[/dim]")] = None,
-    max_training_bytes: Annotated[Optional[int], typer.Option(help="Train on a spread sample of this size.  [dim]default: 2e9[/dim]")] = None,
+    vocab_size: Annotated[Optional[int], typer.Option(help=_VOCAB_SIZE)] = None,
+    character_coverage: Annotated[Optional[float], typer.Option(help=_COVERAGE)] = None,
+    max_training_bytes: Annotated[Optional[int], typer.Option(help=_SAMPLE)] = None,
 ) -> None:
     """Train BPE with byte fallback: every Unicode text is encoded, and decodes to itself."""
     from rich.console import Console
@@ -82,7 +86,8 @@ def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="O
 
     tokenizer = Tokenizer.load(folder)
     special = {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-    described = {**(read_settings(folder) if folder.is_dir() else {}), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "special_ids": special}
+    settings = read_settings(folder) if folder.is_dir() else {}
+    described = {**settings, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "special_ids": special}
     if as_json:
         typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
     else:

@@ -85,8 +85,10 @@ def collate_pairs(tokenizer: Tokenizer, buckets: Sequence[config.Bucket]) -> Col
     """Pairs at the lengths of their bucket; a record with several positives shows another one each epoch, drawn by its number."""
     def collate(draft: Draft) -> Batch:
         bucket = buckets[draft.draw.bucket]
-        queries, positives = zip(*(transforms.as_pair(draft.member.kind, r, seed) for r, seed in zip(draft.records, draft.seeds())))
-        return transforms.pair_batch(tokenizer, draft.ids, queries, positives, draft.instructions, bucket.query_length, bucket.passage_length)
+        pairs = [transforms.as_pair(draft.member.kind, record, seed) for record, seed in zip(draft.records, draft.seeds())]
+        queries, positives = zip(*pairs)
+        lengths = (bucket.query_length, bucket.passage_length)
+        return transforms.pair_batch(tokenizer, draft.ids, queries, positives, draft.instructions, lengths)
 
     return collate
 
@@ -117,7 +119,7 @@ def collate_classification(tokenizer: Tokenizer, task: config.Task) -> Collate:
                   for i, record, seed in zip(draft.draw.records, draft.records, draft.seeds())]
         positives, negatives = zip(*chosen)
         batch = transforms.pair_batch(tokenizer, draft.ids, [r["text"] for r in draft.records], positives, draft.instructions,
-                                      task.bucket.query_length, task.bucket.passage_length)
+                                      (task.bucket.query_length, task.bucket.passage_length))
         stacked, sizes = transforms.stack_texts(tokenizer, negatives, task.num_negatives, task.bucket.passage_length)
         return {**batch, "negatives": stacked, "negative_mask": (np.arange(task.num_negatives) < sizes[:, None]).astype(np.float32)}
 

@@ -42,14 +42,17 @@ def pair_lengths(
 
     `cache` is a file that is read when it exists and written, whole or not at all, when it does not.
     """
+    threads = os.cpu_count() or 1
+
     def compute() -> dict[str, np.ndarray]:
         lengths = np.zeros((len(source), 2), np.int32)
         for start, records in blocks(source):
             here = slice(start, start + len(records))
             queries = [as_pair(kind, r)[0] for r in records]
-            lengths[here, 0] = count_tokens(tokenizer, queries, [instruction_of(kind, r, instruction) for r in records], os.cpu_count() or 1)
+            instructions = [instruction_of(kind, r, instruction) for r in records]
+            lengths[here, 0] = count_tokens(tokenizer, queries, instructions, threads)
             positives = [r["pos"] if kind == "retrieval" else [as_pair(kind, r)[1]] for r in records]
-            flat = count_tokens(tokenizer, [p for group in positives for p in group], [""] * sum(map(len, positives)), os.cpu_count() or 1)
+            flat = count_tokens(tokenizer, [p for group in positives for p in group], [""] * sum(map(len, positives)), threads)
             lengths[here, 1] = np.maximum.reduceat(flat, np.cumsum([0] + [len(group) for group in positives[:-1]]))
         return {"lengths": lengths}
 

@@ -63,7 +63,8 @@ class PackedRows:
         except Exception as error:  # TFDS and ArrayRecord raise many unrelated types for damaged files
             raise DataError(f"{folder} cannot be opened as a TFDS dataset ({error}); delete it and prepare again") from None
         if len(self._raw) != manifest.records:
-            raise DataError(f"{folder} opens with {len(self._raw):,} rows, the manifest says {manifest.records:,}; delete it and prepare again")
+            raise DataError(f"{folder} opens with {len(self._raw):,} rows, the manifest says {manifest.records:,}; "
+                            "delete it and prepare again")
 
     def __len__(self) -> int:
         return self.manifest.records
@@ -172,7 +173,8 @@ def pack(
     separator = tokenizer.encode("\n")
     if sequence_length < len(separator) + 3:
         raise DataError(f"sequence_length {sequence_length} is too short to pack rows; {len(separator) + 3} is the least")
-    mark = fingerprint(format=_FORMAT, tokenizer=tokenizer.sha256, kind=kind, sequence_length=sequence_length, record_kind=record_kind, content=content)
+    mark = fingerprint(format=_FORMAT, tokenizer=tokenizer.sha256, kind=kind, sequence_length=sequence_length, record_kind=record_kind,
+                       content=content)
     work = out.parent / f".{out.name}.{mark[:16]}"
     done = packed_manifest(out, mark)
     for stale in out.parent.glob(f".{out.name}.*"):
@@ -250,8 +252,9 @@ def _write_shard(name: Path, rows: list[Row]) -> dict[str, int]:
         tokens += sum(len(s.tokens) for s in row)
         targets += sum(len(s.tokens) - s.prompt for s in row)
     writer.close()
+    size = temporary.stat().st_size
     os.replace(temporary, name.with_suffix(".part"))
-    described = {"rows": len(rows), "num_bytes": num_bytes, "tokens": tokens, "targets": targets, "bytes": name.with_suffix(".part").stat().st_size}
+    described = {"rows": len(rows), "num_bytes": num_bytes, "tokens": tokens, "targets": targets, "bytes": size}
     temporary.write_text(json.dumps(described))
     os.replace(temporary, name.with_suffix(".json"))  # after the rows: a shard that is described is whole
     return described
@@ -279,10 +282,12 @@ def _finish(work: Path, out: Path, blocks: list[range], shards: list[dict[str, i
         entries.append(Shard(path.name, shard["rows"], path.stat().st_size, sha256_of(path)))
     features = tfds.features.FeaturesDict({name: tfds.features.Tensor(shape=(None,), dtype=np.int32) for name in _FIELDS})
     split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=[e.records for e in entries], num_bytes=sum(s["num_bytes"] for _, s in filled))
-    tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=[split], version="1.0.0", description="packed rows", check_data=False)
+    tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=[split], version="1.0.0", description="packed rows",
+                                       check_data=False)
     rows = sum(e.records for e in entries)
+    settings = {**settings, "fill": settings["tokens"] / (rows * settings["sequence_length"])}
     manifest = Manifest(name=out.name, kind="packed", source="", records=rows, read=settings["documents"], shards=tuple(entries), files=(),
-                        settings={**settings, "fill": settings["tokens"] / (rows * settings["sequence_length"])}, version=conan_jax.__version__)
+                        settings=settings, version=conan_jax.__version__)
     manifest.write(whole)
     if out.exists():
         shutil.rmtree(out)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from conan_jax import config
 from conan_jax.data import feeds, indexes, mixture
@@ -67,7 +66,9 @@ class Pipeline:
         """This host's slice of the global batch at `step`. Safe to call from many threads."""
         if SINGLE in self._feeds:
             return self._feeds[SINGLE].batch(step)
-        return {name: feed.batch(step) for name, feed in self._feeds.items()}
+        # Tasks that take turns are due every `len(tasks)` steps: a task that is not due keeps its batch until it is.
+        turn = step // len(self._feeds) if getattr(self._stage, "update", "") == "one_task" else step
+        return {name: feed.batch(turn) for name, feed in self._feeds.items()}
 
     def iterate(self, start: int) -> Iterator[Batch]:
         """`batch(start)`, `batch(start + 1)`, ... without end, made ahead of time by threads."""
@@ -76,15 +77,17 @@ class Pipeline:
 
     def _packed(self, stage: config.LMStage) -> feeds.Feed:
         owner = f"stage {stage.name!r}"
-        sources = [self._sources.get(mix.dataset) or open_packed(packed_folder(self._run, stage.name, mix.dataset)) for mix in stage.datasets]
-        members = self._members(stage.datasets, sources, SINGLE)
-        streams = self._streams(members, mixture.shares(stage.datasets, [len(s) for s in sources], owner), stage.global_batch_size, owner)
+        for mix in stage.datasets:
+            if mix.dataset not in self._sources:
+                self._sources[mix.dataset] = open_packed(packed_folder(self._run, stage.name, mix.dataset))
+        members = self._members(stage.datasets, SINGLE)
+        streams = self._streams(members, stage.datasets, stage.global_batch_size, owner)
         return feeds.Feed(members, mixture.Schedule(streams, stage.global_batch_size, **self._hosts), feeds.collate_packed)
 
     def _pairs(self, mixes: Sequence[config.Mix], size: int, buckets: Sequence[config.Bucket]) -> feeds.Feed:
         owner = f"stage {self._stage.name!r}"
         members = self._opened(mixes, SINGLE, owner, PAIR_KINDS)
-        streams = self._streams(members, mixture.shares(mixes, [len(m.source) for m in members], owner), size, owner)
+        streams = self._streams(members, mixes, size, owner)
         if len(buckets) > 1:
             streams = [part for stream in streams for part in self._bucketed(stream, members[stream.dataset], buckets, size)]
         return feeds.Feed(members, mixture.Schedule(streams, size, **self._hosts), feeds.collate_pairs(self._tokenizer, buckets))
@@ -97,7 +100,7 @@ class Pipeline:
             "sts": (("sts",), lambda: feeds.collate_sts(self._tokenizer, task.bucket)),
         }[task.kind]
         members = self._opened(task.datasets, task.name, owner, kinds)
-        streams = self._streams(members, mixture.shares(task.datasets, [len(m.source) for m in members], owner), task.global_batch_size, owner)
+        streams = self._streams(members, task.datasets, task.global_batch_size, owner)
         return feeds.Feed(members, mixture.Schedule(streams, task.global_batch_size, **self._hosts), collate())
 
     def _custom(self, stage: config.CustomStage) -> feeds.Feed:
@@ -114,37 +117,34 @@ class Pipeline:
             kind = self._run.dataset(mix.dataset).kind
             if kind not in kinds:
                 raise ConfigError(f"{owner} needs records of kind {' or '.join(kinds)}, but dataset {mix.dataset!r} is of kind {kind}")
-        return self._members(mixes, [self._open(mix.dataset) for mix in mixes], task)
+            if mix.dataset not in self._sources:
+                self._sources[mix.dataset] = open_source(dataset_folder(self._run, mix.dataset))
+        return self._members(mixes, task, classes=kinds == ("labelled",))
 
-    def _open(self, name: str) -> Sequence[Any]:
-        if name not in self._sources:
-            self._sources[name] = open_source(dataset_folder(self._run, name))
-        return self._sources[name]
-
-    def _members(self, mixes: Sequence[config.Mix], sources: Sequence[Sequence[Any]], task: str) -> list[feeds.Member]:
+    def _members(self, mixes: Sequence[config.Mix], task: str, classes: bool = False) -> list[feeds.Member]:
         members, offset = [], 0
-        for mix, source in zip(mixes, sources):
-            dataset = self._run.dataset(mix.dataset)
-            labels = indexes.labels(source, self._cache(mix.dataset, source, "labels")) if dataset.kind == "labelled" else None
+        for mix in mixes:
+            dataset, source = self._run.dataset(mix.dataset), self._sources[mix.dataset]
+            labels = indexes.labels(source, self._cache(mix.dataset, source, "labels")) if classes else None
             # Stage, task and dataset are in the seed: two uses of the same records do not go through them in the same order.
             seed = stable_seed(self._run.seed, self._stage.name, task, mix.dataset)
             members.append(feeds.Member(mix.dataset, dataset.kind, source, dataset.instruction, offset, seed, labels))
             offset += len(source)
         return members
 
-    def _streams(self, members: Sequence[feeds.Member], weights: Sequence[float], size: int, owner: str) -> list[mixture.Stream]:
+    def _streams(self, members: Sequence[feeds.Member], mixes: Sequence[config.Mix], size: int, owner: str) -> list[mixture.Stream]:
         for member in members:
             mixture.check_size(len(member.source), size, member.name, owner)
+        weights = mixture.shares(mixes, [len(m.source) for m in members], owner)
         return [mixture.Stream(i, 0, len(m.source), weight, m.seed) for i, (m, weight) in enumerate(zip(members, weights))]
 
     def _bucketed(self, stream: mixture.Stream, member: feeds.Member, buckets: Sequence[config.Bucket], size: int) -> list[mixture.Stream]:
         cache = self._cache(member.name, member.source, "lengths", tokenizer=self._tokenizer.sha256, instruction=member.instruction)
         lengths = indexes.pair_lengths(member.source, member.kind, member.instruction, self._tokenizer, cache)
         groups = mixture.assign_buckets(lengths, [(b.query_length, b.passage_length) for b in buckets], size)
-        return [
-            mixture.Stream(stream.dataset, bucket, len(records), stream.weight * len(records) / stream.size, stable_seed(stream.seed, bucket), records)
-            for bucket, records in groups.items()
-        ]
+        share = {bucket: stream.weight * len(records) / stream.size for bucket, records in groups.items()}
+        return [mixture.Stream(stream.dataset, bucket, len(records), share[bucket], stable_seed(stream.seed, bucket), records)
+                for bucket, records in groups.items()]
 
     def _cache(self, name: str, source: Sequence[Any], what: str, **parts: str) -> Any:
         manifest = getattr(source, "manifest", None)

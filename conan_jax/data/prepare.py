@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,13 +90,21 @@ def _stage_datasets(run: config.Run) -> list[str]:
 
 def _datasets(run: config.Run, names: Iterable[str], console: Console | None) -> dict[str, Manifest]:
     built = {}
+    # One look at the installed packages serves all datasets that are parts of the same corpus.
+    build_corpus = functools.cache(functools.partial(_build_corpus, console))
     for name in names:
         if name in RESERVED:
             raise ConfigError(f"a dataset cannot be called {name!r}, which is a folder of the prepared data; rename it")
         with _bar(console, f"dataset {name}", "bytes") as advance:
-            located = dataclasses.replace(run.dataset(name), source=locations.resolve(run, run.dataset(name).source))
+            located = dataclasses.replace(run.dataset(name), source=locations.resolve(run, run.dataset(name).source, build_corpus))
             built[name] = build_dataset(located, dataset_folder(run, name), progress=lambda p: advance(p.done, p.total))
     return built
+
+
+def _build_corpus(console: Console | None, folder: Path) -> None:
+    from conan_jax.data.docstrings import build_corpus
+
+    build_corpus(folder, progress=lambda message: console.print(message, highlight=False) if console else None)
 
 
 def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | None) -> Tokenizer:
@@ -110,10 +119,13 @@ def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | N
         if tokenizer is None:
             total = sum(shard.bytes for name in names for shard in built[name].shards)
             with _bar(console, "tokenizer", "bytes") as advance:
-                tokenizer = train_tokenizer(dataset_texts(dataset_folder(run, name) for name in names), settings, tokenizer_folder(run), extra={"datasets": names, "fingerprint": mark},
-                                            progress=lambda read: advance(min(read, total), total))
+                tokenizer = train_tokenizer(
+                    dataset_texts(dataset_folder(run, name) for name in names), settings, tokenizer_folder(run),
+                    extra={"datasets": names, "fingerprint": mark}, progress=lambda read: advance(min(read, total), total),
+                )
     if tokenizer.vocab_size > run.model.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {run.model.vocab_size}: raise it to a multiple of 128 above")
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size is {run.model.vocab_size}: "
+                          "raise model.vocab_size to a multiple of 128 above it")
     return tokenizer
 
 
@@ -154,6 +166,8 @@ def _bar(console: Console | None, label: str, unit: str) -> Iterator[Advance]:
 
     try:
         yield advance
+        for task in progress.tasks:  # a dataset with a limit is done before its source is read to the end
+            progress.update(task.id, completed=task.total)
     finally:
         if progress.tasks:
             progress.stop()

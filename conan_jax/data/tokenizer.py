@@ -46,7 +46,8 @@ class Tokenizer:
         sp = self._processor
         found = (sp.pad_id(), sp.unk_id(), sp.bos_id(), sp.eos_id())
         if found != (PAD, UNK, BOS, EOS):
-            raise DataError(f"{origin} has (pad, unk, bos, eos) = {found}, but {(PAD, UNK, BOS, EOS)} is needed; train one with `conan tokenizer train`")
+            raise DataError(f"{origin} has (pad, unk, bos, eos) = {found}, but {(PAD, UNK, BOS, EOS)} is needed; "
+                            "train one with `conan tokenizer train`")
         self.vocab_size: int = sp.get_piece_size()
         self.sha256: str = hashlib.sha256(model).hexdigest()
         self._model = model
@@ -72,7 +73,8 @@ class Tokenizer:
         if file.name == MODEL_FILE and settings.is_file():
             recorded = read_settings(file.parent).get("sha256")
             if recorded != tokenizer.sha256:
-                raise DataError(f"{file} has sha256 {tokenizer.sha256}, but {settings} says {recorded}: the model was altered; train it again")
+                raise DataError(f"{file} has sha256 {tokenizer.sha256}, but {settings} says {recorded}: the model was altered; "
+                                "copy it anew or train it again")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -241,7 +243,8 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"a text holds a lone surrogate at character {error.start}, so it is not valid Unicode: {text[:40]!r}") from error
+            where = text[max(error.start - 20, 0) : error.start + 20]
+            raise DataError(f"a text holds a lone surrogate at character {error.start}, so it is not valid Unicode: {where!r}") from error
 
 
 def _reason(error: Exception) -> str:

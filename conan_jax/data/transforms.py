@@ -49,7 +49,11 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int, instru
 
     Raises `DataError` when an instruction leaves no room for one token of text and EOS.
     """
-    prompts = _encode_prompts(tokenizer, instructions or (), length)
+    prompts = _prompts(tokenizer, instructions or ())
+    for instruction, prompt in prompts.items():
+        if len(prompt) + 2 > length:
+            raise DataError(f"the instruction {instruction[:60]!r} takes {len(prompt)} tokens and leaves no room for a text in {length}: "
+                            "shorten the instruction or raise the length of the bucket")
     # More characters than this cannot fit into `length` tokens, and encoding the rest of a long document costs time.
     limit = (length + 1) * tokenizer.max_piece_length
     encoded = tokenizer.encode_batch([text[:limit] for text in texts])
@@ -68,9 +72,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int, instru
 
 def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], instructions: Sequence[str], num_threads: int = 1) -> Int32[np.ndarray, "B"]:
     """The row length each text would need uncut: prompt, text and EOS."""
-    prompts = {i: len(ids) for i, ids in zip(dict.fromkeys(instructions), tokenizer.encode_batch([query_prompt(i) for i in dict.fromkeys(instructions)]))}
+    prompts = _prompts(tokenizer, instructions)
     encoded = tokenizer.encode_batch(texts, num_threads)
-    return np.array([len(ids) + prompts[i] + 1 for ids, i in zip(encoded, instructions)], np.int32)
+    return np.array([len(ids) + len(prompts[i]) + 1 for ids, i in zip(encoded, instructions)], np.int32)
 
 
 def record_texts(kind: str, record: Record) -> list[str]:
@@ -128,13 +132,13 @@ def candidates(record: Record, pool_size: int, skip_top: int) -> list[str]:
 
 def pair_batch(
     tokenizer: Tokenizer, ids: Sequence[int], queries: Sequence[str], positives: Sequence[str], instructions: Sequence[str],
-    query_length: int, passage_length: int,
+    lengths: tuple[int, int],
 ) -> Batch:
     """The batch of the weak stage: `ids`, `query`, `positive`, `query_hash`, `positive_hash` (docs/ARCHITECTURE.md)."""
     return {
         "ids": np.asarray(ids, np.int32),
-        "query": encode_texts(tokenizer, queries, query_length, instructions),
-        "positive": encode_texts(tokenizer, positives, passage_length),
+        "query": encode_texts(tokenizer, queries, lengths[0], instructions),
+        "positive": encode_texts(tokenizer, positives, lengths[1]),
         "query_hash": _hashes(queries),
         "positive_hash": _hashes(positives),
     }
@@ -180,14 +184,9 @@ def sts_batch(
     }
 
 
-def _encode_prompts(tokenizer: Tokenizer, instructions: Sequence[str], length: int) -> dict[str, list[int]]:
+def _prompts(tokenizer: Tokenizer, instructions: Sequence[str]) -> dict[str, list[int]]:
     unique = list(dict.fromkeys(instructions))
-    prompts = dict(zip(unique, tokenizer.encode_batch([query_prompt(i) for i in unique])))
-    for instruction, prompt in prompts.items():
-        if len(prompt) + 2 > length:
-            raise DataError(f"the instruction {instruction[:60]!r} takes {len(prompt)} tokens, which leaves no room for a text in {length}: "
-                            "shorten the instruction or raise the bucket's length")
-    return prompts
+    return dict(zip(unique, tokenizer.encode_batch([query_prompt(i) for i in unique])))
 
 
 def _hashes(texts: Sequence[str]) -> UInt32[np.ndarray, "B 2"]:

@@ -1,0 +1,198 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conan_jax import config as c
+from conan_jax.data.packing import open_packed
+from conan_jax.data.pipeline import Pipeline
+from conan_jax.data.prepare import prepare, prepare_tokenizer
+from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.errors import ConfigError, DataError
+from tests.data.corpus import sentences
+
+LINES = sentences(400)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write(raw / "docs.jsonl", [{"text": line} for line in LINES])
+    write(raw / "chat.jsonl", [{"instruction": "say", "input": LINES[i], "output": LINES[-1 - i]} for i in range(40)])
+    write(raw / "pairs.jsonl", [{"query": LINES[i][:12], "pos": [LINES[i]]} for i in range(60)])
+    write(raw / "unused.jsonl", [{"text": "x"}])
+    return make_run(raw, tmp_path / "data")
+
+
+def make_run(raw, data_dir):
+    kinds = {"docs": "text", "chat": "sft", "pairs": "pair", "unused": "text"}
+    stages = (
+        c.LMStage(name="pretrain", kind="pretrain", datasets=(c.Mix("docs"),), steps=2, global_batch_size=8, sequence_length=32),
+        c.LMStage(name="sft", kind="sft", datasets=(c.Mix("chat"),), steps=2, global_batch_size=8, sequence_length=64),
+        c.WeakStage(name="weak", datasets=(c.Mix("pairs"),), steps=2, global_batch_size=8, buckets=(c.Bucket(8, 24), c.Bucket(16, 64))),
+    )
+    return c.Run(
+        name="t", stages=stages, datasets=tuple(c.Dataset(name, kind, str(raw / f"{name}.jsonl")) for name, kind in kinds.items()),
+        model=c.Model(vocab_size=512, hidden_size=32, num_heads=2, num_kv_heads=1, max_length=64),
+        tokenizer=c.Tokenizer(vocab_size=500, datasets=("docs",)), data_dir=str(data_dir),
+    )
+
+
+def snapshot(run):
+    """Every file of the prepared data and when it was written."""
+    from pathlib import Path
+
+    return {str(p.relative_to(run.data_dir)): p.stat().st_mtime_ns
+            for p in Path(run.data_dir).rglob("*") if p.is_file() and not p.name.endswith(".lock")}
+
+
+def first_parts(changed):
+    return {name.split("/")[0] for name in changed}
+
+
+def test_everything_a_run_reads_is_made_once(run):
+    made = prepare(run)
+    assert set(made.datasets) == {"docs", "chat", "pairs"} and set(made.packed) == {("pretrain", "docs"), ("sft", "chat")}
+    assert made.tokenizer.vocab_size == 500
+    before = snapshot(run)
+    assert first_parts(before) == {"docs", "chat", "pairs", "tokenizer", "packed", "indexes"}
+    again = prepare(run)
+    assert snapshot(run) == before and again.tokenizer.sha256 == made.tokenizer.sha256
+    for stage in run.stages:
+        batch = Pipeline(run, stage, made.tokenizer).batch(1)
+        assert batch["ids"].shape == (8,)
+
+
+def test_prepared_and_in_memory_records_give_the_same_batches(run):
+    made = prepare(run)
+    weak = run.stage("weak")
+    records = [{"query": LINES[i][:12], "pos": LINES[i], "instruction": ""} for i in range(60)]
+    memory = Pipeline(run, weak, made.tokenizer, sources={"pairs": records})
+    prepared = Pipeline(run, weak, made.tokenizer)
+    for step in range(4):
+        for side in ("query", "positive"):
+            np.testing.assert_array_equal(prepared.batch(step)[side]["tokens"], memory.batch(step)[side]["tokens"])
+
+
+@pytest.mark.parametrize("change, remade", [
+    (lambda run: dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, datasets=("docs",))), {"tokenizer", "packed", "indexes"}),
+    (lambda run: dataclasses.replace(run, stages=(dataclasses.replace(run.stages[0], sequence_length=48), *run.stages[1:])), {"packed"}),
+    (lambda run: dataclasses.replace(run, seed=5), set()),
+])
+def test_a_change_remakes_what_depends_on_it(run, change, remade):
+    prepare(run)
+    before = snapshot(run)
+    prepare(change(run))
+    after = snapshot(run)
+    assert first_parts({name for name in before | after if before.get(name) != after.get(name)}) == remade
+
+
+def test_changed_records_remake_their_rows(run, tmp_path):
+    prepare(run)
+    before = open_packed(prepare(run).packed["sft", "chat"]).manifest.settings["fingerprint"]
+    tokens = prepare(run).tokenizer.sha256
+    write(tmp_path / "raw" / "chat.jsonl", [{"instruction": "say", "input": LINES[i], "output": LINES[i + 1]} for i in range(30)])
+    made = prepare(run)
+    assert open_packed(made.packed["sft", "chat"]).manifest.settings["fingerprint"] != before
+    assert made.tokenizer.sha256 == tokens
+
+
+def test_a_ready_tokenizer_is_used_as_it_is(run, tmp_path):
+    trained = prepare_tokenizer(run)
+    ready = c.Tokenizer(vocab_size=500, path=f"{run.data_dir}/tokenizer")
+    other = dataclasses.replace(run, data_dir=str(tmp_path / "other"), tokenizer=ready)
+    assert prepare(other).tokenizer.sha256 == trained.sha256
+    assert not (tmp_path / "other" / "tokenizer").exists()
+
+
+def test_a_damaged_tokenizer_is_trained_again(run):
+    sha256 = prepare_tokenizer(run).sha256
+    with open(f"{run.data_dir}/tokenizer/tokenizer.model", "r+b") as file:
+        file.write(b"garbage")
+    assert prepare_tokenizer(run).sha256 == sha256 == Tokenizer.load(f"{run.data_dir}/tokenizer").sha256
+
+
+def test_what_cannot_train_is_refused_before_training(run):
+    weak = dataclasses.replace(run.stages[2], global_batch_size=64)
+    with pytest.raises(DataError, match="'pairs' holds 60 records, fewer than the global batch of 64"):
+        prepare(dataclasses.replace(run, stages=(*run.stages[:2], weak)))
+    big = dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, path=f"{run.data_dir}/tokenizer"),
+                              model=dataclasses.replace(run.model, vocab_size=490))
+    with pytest.raises(ConfigError, match="500 tokens but model.vocab_size is 490"):
+        prepare(big)
+
+
+def test_a_dataset_cannot_have_the_name_of_one_of_our_folders(run):
+    datasets = (*run.datasets, c.Dataset("packed", "text", run.datasets[0].source))
+    weak = dataclasses.replace(run.stages[0], datasets=(c.Mix("packed"),))
+    with pytest.raises(ConfigError, match="'packed'"):
+        prepare(dataclasses.replace(run, datasets=datasets, stages=(weak,)))
+
+
+def test_docstring_sources_look_at_the_corpus_once(run, monkeypatch):
+    from conan_jax.data import docstrings
+
+    looked = []
+
+    def build_corpus(folder, **_):
+        looked.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "text.jsonl", [{"text": line} for line in LINES])
+        write(folder / "pairs.jsonl", [{"query": line[:12], "pos": line} for line in LINES])
+
+    monkeypatch.setattr(docstrings, "build_corpus", build_corpus)
+    sources = {"docs": "docstrings:text", "pairs": "docstrings:pairs"}
+    datasets = tuple(dataclasses.replace(d, source=sources.get(d.name, d.source)) for d in run.datasets)
+    prepare(dataclasses.replace(run, datasets=datasets))
+    assert len(looked) == 1
+
+
+KILLED = """
+import pathlib, sys
+from conan_jax.data.prepare import prepare
+from tests.data.test_prepare import make_run
+prepare(make_run(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])))
+"""
+
+
+def test_killed_at_any_moment_the_same_command_ends_in_the_same_data(run, tmp_path):
+    whole = prepare(run)
+    victim = dataclasses.replace(run, data_dir=str(tmp_path / "victim"))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    for delay in (0.05, 0.2, 0.5):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "raw"), victim.data_dir], env=environment)
+        deadline = time.perf_counter() + 60
+        while not os.path.isdir(victim.data_dir) and process.poll() is None and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    made = prepare(victim)
+    assert made.tokenizer.sha256 == whole.tokenizer.sha256
+    for key, folder in made.packed.items():
+        assert [s.sha256 for s in open_packed(folder).manifest.shards] == [s.sha256 for s in open_packed(whole.packed[key]).manifest.shards]
+    hidden = {name for name in snapshot(victim) if "/." in f"/{name}"}
+    assert not hidden and first_parts(snapshot(victim)) == first_parts(snapshot(run))
+
+
+def test_progress_is_shown_only_for_work_done(run):
+    from io import StringIO
+
+    from rich.console import Console
+
+    first, second = StringIO(), StringIO()
+    prepare(run, console=Console(file=first, width=120))
+    prepare(run, console=Console(file=second, width=120))
+    assert "packing docs for pretrain" in first.getvalue() and "tokenizer" in first.getvalue() and "100%" in first.getvalue()
+    assert second.getvalue() == ""
