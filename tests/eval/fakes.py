@@ -1,0 +1,26 @@
+"""Encoders without a model, and files for evaluation."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+
+class WordEncoder:
+    """Texts -> normalised counts of known words: similarity is word overlap, computed by hand in tests."""
+
+    def __init__(self, words, name="words"):
+        self.words = list(words)
+        self.identity = {"run": name, "stage": "s", "step": 1, "tokenizer_sha256": "f" * 64}
+        self.model = SimpleNamespace(max_length=512)
+        self.calls = []
+
+    def encode(self, texts, *, instruction="", max_length=None, batch_size=64, show_progress_bar=False):
+        self.calls.append((list(texts), instruction, max_length))
+        counts = np.array([[t.split().count(w) for w in self.words] for t in texts], np.float32).reshape(len(texts), -1)
+        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+    def encode_query(self, texts, **options):
+        return self.encode(texts, **options)
+
+    def encode_document(self, texts, **options):
+        return self.encode(texts, **options)
