@@ -109,6 +109,7 @@ def test_best_fit_packs_each_item_once_as_a_linear_search_does(sizes):
 
 
 def test_best_fit_chooses_the_tightest_bin():
+    assert sorted(map(sorted, best_fit([7, 6, 3], 10))) == [[0, 2], [1]]
     assert sorted(map(sorted, best_fit([7, 6, 4, 3], 10))) == [[0, 3], [1, 2]]
 
 

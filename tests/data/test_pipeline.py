@@ -21,7 +21,8 @@ SOURCES = {
               "loss_mask": np.ones(16, np.float32)} for i in range(30)],
 }
 KINDS = {
-    "pairs": "pair", "chat": "sft", "search": "retrieval", "labels": "labelled", "other_labels": "labelled", "graded": "sts", "rows": "text",
+    "pairs": "pair", "chat": "sft", "search": "retrieval", "labels": "labelled", "other_labels": "labelled", "graded": "sts",
+    "rows": "text",
 }
 ADAM = c.Optimizer()
 

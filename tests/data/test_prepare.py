@@ -106,6 +106,8 @@ def test_changed_records_remake_their_rows(run, tmp_path):
     made = prepare(run)
     assert open_packed(made.packed["sft", "chat"]).manifest.settings["fingerprint"] != before
     assert made.tokenizer.sha256 == tokens
+    write(tmp_path / "raw" / "docs.jsonl", [{"text": line.upper()} for line in LINES])
+    assert prepare(run).tokenizer.sha256 != tokens
 
 
 def test_a_ready_tokenizer_is_used_as_it_is(run, tmp_path):

@@ -148,3 +148,35 @@ def test_a_foreign_model_without_our_ids_is_refused():
                                              minloglevel=2)
     with pytest.raises(DataError, match="pad, unk, bos, eos"):
         tok.Tokenizer(model.getvalue())
+
+
+def test_the_commands_train_describe_and_encode(tmp_path):
+    from typer.testing import CliRunner
+
+    from conan_jax.cli.tokenizer import app
+    from conan_jax.data.convert import build_dataset
+
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(300)))
+    build_dataset(config.Dataset("docs", "text", str(tmp_path / "raw.jsonl")), tmp_path / "docs")
+    run = CliRunner().invoke
+    trained = run(app, ["train", str(tmp_path / "docs"), "--out", str(tmp_path / "t"), "--vocab-size", "400"])
+    assert trained.exit_code == 0, trained.output
+    t = tok.Tokenizer.load(tmp_path / "t")
+    assert t.sha256 in trained.output
+    described = json.loads(run(app, ["info", str(tmp_path / "t"), "--json"]).output)
+    assert (described["sha256"], described["vocab_size"], described["special_ids"]["eos"]) == (t.sha256, 400, 3)
+    text = "read the \u2581 file"
+    assert run(app, ["encode", str(tmp_path / "t"), text]).output.split() == list(map(str, t.encode(text)))
+    assert run(app, ["encode", str(tmp_path / "t")], input="read".encode()).output.split() == list(map(str, t.encode("read")))
+    assert "".join(json.loads(run(app, ["encode", str(tmp_path / "t"), "read the", "--pieces"]).output)) == "read the"
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "docs"], ["train", "docs", "--config", "x.py"]])
+def test_unclear_commands_say_what_to_give(arguments):
+    from typer.testing import CliRunner
+
+    from conan_jax.cli.tokenizer import app
+    from conan_jax.errors import ConfigError
+
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError) and "--config" in str(result.exception)
