@@ -118,7 +118,7 @@ def _svg(figure: Figure, title: str) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-zA-Z.]+_?[\d_]*"', "", svg)  # figure_1, axes_1 ...: only clip paths and markers are referred to
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1 ...: only clip paths and markers are referred to
     svg = re.sub(r"font: ((?:\w+ )?[\d.]+px) [^;\"]*", r"font: \1 var(--sans)", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
