@@ -43,7 +43,8 @@ def chunked_cross_entropy(
         ValueError: `groups` does not divide T, or `chunk_size` is not positive.
     """
     if hidden.shape[0] % groups or chunk_size < 1:
-        raise ValueError(f"{hidden.shape[0]} tokens need a positive chunk_size (got {chunk_size}) and groups that divide them (got {groups})")
+        tokens = hidden.shape[0]
+        raise ValueError(f"{tokens} tokens need a chunk_size above 0, got {chunk_size}, and groups that divide them, got {groups}")
     weights = weights.astype(jnp.float32)
     return _loss_sum(hidden, embedding, targets, weights, chunk_size, z_loss, groups), jnp.sum(weights)
 

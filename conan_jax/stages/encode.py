@@ -8,10 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from conan_jax.model import Embedder
+from conan_jax.model import Embedder, Mask
 
 
-def encode_all(embedder: Embedder, params: Any, texts: Mapping[Hashable, Mapping[str, Array]], mask: Any) -> dict[Hashable, Float[Array, "... D"]]:
+def encode_all(
+    embedder: Embedder, params: Any, texts: Mapping[Hashable, Mapping[str, Array]], mask: Mask
+) -> dict[Hashable, Float[Array, "... D"]]:
     """Unit vectors of every text batch of `texts`, under the same keys.
 
     Text batches of one row length are encoded by one call: the values are the same, and the step compiles one body of

@@ -23,8 +23,8 @@ from conan_jax.config import HardNegatives
 
 State = dict[str, Array]
 
-AXES = {"slot": ("examples", None), "s0": ("examples", None), "cursor": ("examples",), "replaced_low": (), "replaced_drop": (), "exhausted": ()}
 COUNTERS = ("replaced_low", "replaced_drop", "exhausted")
+AXES = {"slot": ("examples", None), "s0": ("examples", None), "cursor": ("examples",), **dict.fromkeys(COUNTERS, ())}
 PADDING = 1024  # N is rounded up to a multiple of this, so that any mesh in use divides it
 
 _DROP_RATIO = {"v2": 1.2, "v1": 1.15}
@@ -44,7 +44,9 @@ def initial_state(num_examples: int, config: HardNegatives) -> State:
     }
 
 
-def active(state: State, ids: Int[Array, " B"], pool_size: Int[Array, " B"], config: HardNegatives) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
+def active(
+    state: State, ids: Int[Array, " B"], pool_size: Int[Array, " B"], config: HardNegatives
+) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
     """Pool indices that the examples `ids` train against now, and a float32 mask: 0 where a pool is too small to fill the slot."""
     first = jnp.broadcast_to(jnp.arange(config.num_negatives, dtype=jnp.int32), (ids.shape[0], config.num_negatives))
     slots = state["slot"][ids] if state else first
@@ -61,7 +63,12 @@ def gather(pool: Mapping[str, Any], slots: Int[Array, "B S"], mask: Float[Array,
 
 
 def update(
-    state: State, ids: Int[Array, " B"], scores: Float[Array, "B S"], pool_size: Int[Array, " B"], step: Int[Array, ""] | int, config: HardNegatives
+    state: State,
+    ids: Int[Array, " B"],
+    scores: Float[Array, "B S"],
+    pool_size: Int[Array, " B"],
+    step: Int[Array, ""] | int,
+    config: HardNegatives,
 ) -> State:
     """The state after a visit of the examples `ids`, whose active candidates scored `scores` = cos(f(q), f(n)).
 

@@ -67,13 +67,14 @@ class Supervised:
             objective = self._objective(task, batch[task.name], of_task, extra)
             loss, found = matryoshka(objective, vectors, self.config.matryoshka.dims, self.config.matryoshka.weights)
             total += task.weight * loss
-            if "slots_filled" in extra:
-                carry[task.name], found["hard_negative_score"] = self._move(carry[task.name], batch[task.name], vectors, extra["slots_filled"], step)
+            if task.kind == "retrieval":
+                filled = extra["negative_mask"]
+                carry[task.name], found["hard_negative_score"] = self._move(carry[task.name], batch[task.name], vectors, filled, step)
             metrics |= {f"{name}/{task.name}": value for name, value in {**found, "loss": loss}.items()}
         return total, carry, metrics
 
     def _texts(self, task: Task, carry: Carry, batch: Batch) -> tuple[Texts, dict[str, Any]]:
-        """What `task` encodes, named as its loss names the vectors, and which hard-negative slots hold something."""
+        """What `task` encodes, named as its loss names the vectors, and what the loss must know of its negatives."""
         if task.kind == "sts":
             return {"first": batch["sentence1"], "second": batch["sentence2"]}, {}
         texts = {"queries": batch["query"], "positives": batch["positive"]}
@@ -81,18 +82,20 @@ class Supervised:
             return {**texts, "negatives": batch["negatives"]}, {"negative_mask": batch["negative_mask"]}
         slots, filled = hard_negatives.active(carry[task.name], batch["ids"], batch["pool_size"], self.config.hard_negatives)
         hashes = jnp.take_along_axis(batch["pool_hash"], slots[..., None], axis=1, mode="clip")
-        extra = {"negative_mask": filled, "negative_hash": hashes, "slots_filled": filled}
-        return {**texts, "negatives": hard_negatives.gather(batch["pool"], slots, filled)}, extra
+        negatives = hard_negatives.gather(batch["pool"], slots, filled)
+        return {**texts, "negatives": negatives}, {"negative_mask": filled, "negative_hash": hashes}
 
     def _objective(self, task: Task, batch: Batch, texts: Texts, extra: dict[str, Any]) -> Any:
         """The loss of `task` as a function of its vectors alone."""
         if task.kind == "sts":
             return partial(cosent, scores=batch["score"], temperature=self.config.cosent_temperature, valid=nonempty(*texts.values()))
         return partial(info_nce, **contrastive_options(self.config.contrastive), in_batch_negatives=task.in_batch_negatives,
-                       negative_mask=extra["negative_mask"], negative_hash=extra.get("negative_hash"), query_hash=batch["query_hash"],
-                       positive_hash=batch["positive_hash"], valid=nonempty(batch["query"], batch["positive"]))
+                       query_hash=batch["query_hash"], positive_hash=batch["positive_hash"],
+                       valid=nonempty(batch["query"], batch["positive"]), **extra)
 
-    def _move(self, state: hard_negatives.State, batch: Batch, vectors: dict[str, Any], filled: Any, step: Any) -> tuple[hard_negatives.State, Any]:
+    def _move(
+        self, state: hard_negatives.State, batch: Batch, vectors: dict[str, Any], filled: Any, step: Any
+    ) -> tuple[hard_negatives.State, Any]:
         """The hard-negative state after this visit, and the mean score of the active candidates. No gradient flows here."""
         scores = jax.lax.stop_gradient(jnp.einsum("bd,bsd->bs", vectors["queries"], vectors["negatives"]))
         state = hard_negatives.update(state, batch["ids"], scores, batch["pool_size"], step, self.config.hard_negatives)
@@ -123,7 +126,8 @@ class Supervised:
         sizes = [task.global_batch_size * self._tokens_an_example(task) for task in c.tasks]
         facts["tokens a step"] = f"at most {sum(sizes) if c.update == 'all_tasks' else max(sizes):,}"
         if self._retrieval:
-            facts["hard negatives"] = f"{c.hard_negatives.num_negatives} of a pool of {c.hard_negatives.pool_size}, rule {c.hard_negatives.rule}"
+            hard = c.hard_negatives
+            facts["hard negatives"] = f"{hard.num_negatives} of a pool of {hard.pool_size}, rule {hard.rule}"
         facts["temperature"] = f"{c.contrastive.temperature:g} InfoNCE, {c.cosent_temperature:g} CoSENT"
         if c.matryoshka.dims:
             facts["matryoshka dims"] = ", ".join(map(str, c.matryoshka.dims))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
-from conan_jax.config import WeakStage
+from conan_jax.config import Contrastive, WeakStage
 from conan_jax.losses import info_nce, matryoshka
 from conan_jax.model import Embedder, SoftMask, alpha_at
 from conan_jax.stages.base import Batch, Carry, Metrics, Params
@@ -58,6 +59,6 @@ class Weak:
         }
 
 
-def contrastive_options(contrastive: Any) -> dict[str, Any]:
-    """The fields of `config.Contrastive` as keywords of `info_nce`."""
-    return {name: getattr(contrastive, name) for name in ("temperature", "false_negative_margin", "query_query", "passage_passage", "symmetric")}
+def contrastive_options(contrastive: Contrastive) -> dict[str, Any]:
+    """The fields of `config.Contrastive` as keywords of `info_nce`: they bear the same names."""
+    return {option.name: getattr(contrastive, option.name) for option in fields(contrastive)}

@@ -1,5 +1,7 @@
 """A tiny model, a stage of every kind, and random batches of every kind, as docs/ARCHITECTURE.md lays them out."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -28,9 +30,10 @@ STAGES = {
 }
 
 
+@functools.cache
 def embedder_and_params():
     embedder = Embedder(MODEL)
-    return embedder, embedder.init(jax.random.key(0))
+    return embedder, jax.jit(embedder.init)(jax.random.key(0))
 
 
 def texts(r, *shape, prompt=0):
