@@ -37,11 +37,25 @@ def test_a_cut_text_keeps_its_eos(length, text):
     assert tokens[:n].tolist() == full[: length - 1] + [EOS]
 
 
-def test_a_long_document_gives_the_tokens_of_the_whole():
+SPACED = st.lists(st.sampled_from(["read", " ", "  ", "\n", "模型", "search", " the", "\u2581", "x" * 40, " value"]), max_size=200).map("".join)
+
+
+@given(SPACED, st.integers(3, 24))
+@settings(max_examples=300, deadline=None)
+def test_a_long_document_gives_the_tokens_of_the_whole(text, length):
+    """Only its head is encoded; that shows in the time, not in the tokens."""
     t = tokenizer()
-    text = " ".join(sentences(300))
-    tokens, n, _ = tf.encode_text(t, text, 64)
-    assert n == 64 and tokens[:63].tolist() == t.encode(text)[:63]
+    full = t.encode(text)
+    tokens, n, _ = tf.encode_text(t, text, length)
+    assert n == min(len(full) + 1, length) and tokens[: n - 1].tolist() == full[: n - 1]
+
+
+def test_the_rest_of_a_long_document_is_not_encoded(monkeypatch):
+    t = tokenizer()
+    encoded = []
+    monkeypatch.setattr(t, "encode_batch", lambda texts, *a: encoded.extend(texts) or [[7] * len(text) for text in texts])
+    tf.encode_texts(t, ["read the file " * 10_000], 16)
+    assert max(map(len, encoded)) < 200
 
 
 def test_an_instruction_without_room_for_text_is_refused():
