@@ -158,7 +158,11 @@ class SoftMask:
 
 @dataclass(frozen=True)
 class Contrastive:
-    """InfoNCE over the global batch (METHODS 1.5). `false_negative_margin=None` turns that mask off."""
+    """InfoNCE over the global batch (METHODS 1.5).
+
+    `false_negative_margin` drops a candidate that scores higher than the positive by more than this; None turns that
+    test off. A candidate whose text is the positive's or the query's is dropped always: it is no negative.
+    """
 
     temperature: float = 0.02
     false_negative_margin: float | None = 0.1
@@ -278,7 +282,7 @@ class LMStage(Stage):
     datasets: tuple[Mix, ...]
     global_batch_size: int = 256
     sequence_length: int = 4096
-    loss_chunk_size: int = 512  # tokens whose logits exist at one time, per step of the chunk loop
+    loss_chunk_size: int = 512  # tokens a device whose logits exist at one time
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
@@ -391,7 +395,7 @@ class Run:
         for stage in self.stages:
             for dim in getattr(stage, "matryoshka", Matryoshka()).dims:
                 _check(dim <= self.model.hidden_size, f"{stage.name}.matryoshka.dims has {dim}, wider than model.hidden_size {self.model.hidden_size}")
-            for length in self._lengths(stage):
+            for length in self.lengths(stage):
                 _check(length <= self.model.max_length, f"{stage.name} trains on length {length}, beyond model.max_length {self.model.max_length}")
 
     def _dataset_uses(self) -> list[tuple[str, str]]:
@@ -402,7 +406,8 @@ class Run:
         return uses
 
     @staticmethod
-    def _lengths(stage: Stage) -> list[int]:
+    def lengths(stage: Stage) -> list[int]:
+        """Row lengths, in tokens, that `stage` trains on."""
         if isinstance(stage, LMStage):
             return [stage.sequence_length]
         buckets = stage.buckets if isinstance(stage, WeakStage) else [t.bucket for t in getattr(stage, "tasks", ())]

@@ -51,7 +51,7 @@ _SHORT = {"learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/
 
 def flops_per_token(model: config.Model, stage: config.Stage, body_parameters: int) -> float:
     """Training FLOPs of one real token, by the convention above. L is the longest row the stage trains on."""
-    longest = max(config.Run._lengths(stage), default=0)
+    longest = max(config.Run.lengths(stage), default=0)
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * longest
     vocabulary = 6 * model.vocab_size * model.hidden_size if isinstance(stage, config.LMStage) else 0
     return float(6 * body_parameters + attention + vocabulary)
