@@ -37,7 +37,9 @@ def test_a_cut_text_keeps_its_eos(length, text):
     assert tokens[:n].tolist() == full[: length - 1] + [EOS]
 
 
-SPACED = st.lists(st.sampled_from(["read", " ", "  ", "\n", "模型", "search", " the", "\u2581", "x" * 40, " value"]), max_size=200).map("".join)
+SPACED = st.lists(
+    st.sampled_from(["read", " ", "  ", "\n", "模型", "search", " the", "\u2581", "x" * 40, " value"]), max_size=200,
+).map("".join)
 
 
 @given(SPACED, st.integers(3, 24))
