@@ -98,7 +98,7 @@ def test_unknown_dataset_in_a_stage_is_refused() -> None:
 
 def test_published_size_on_the_command_line() -> None:
     """Acceptance: the full configuration counts exactly the paper's parameters (METHODS 1.1)."""
-    from conan_jax.cli.config import app
+    from conan_jax.cli.main import app
 
-    result = CliRunner().invoke(app, ["show", str(ROOT / "configs/conan_v2.py"), "--json"])
+    result = CliRunner().invoke(app, ["config", "show", str(ROOT / "configs/conan_v2.py"), "--json"])
     assert json.loads(result.output)["parameters"] == 1_502_932_480
