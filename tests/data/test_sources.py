@@ -123,10 +123,10 @@ def test_a_folder_that_is_no_dataset(folder, name):
         open_source(folder.parent / name)
 
 
-def test_several_records_in_one_call_are_those_read_one_by_one(tmp_path: Path) -> None:
+def test_several_records_in_one_call_are_those_read_one_by_one(tmp_path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)), encoding="utf-8")
-    build_dataset(config.Dataset("texts", "text", str(file)), tmp_path / "built")
+    build_dataset(Dataset("texts", "text", str(file)), tmp_path / "built")
     source = open_source(tmp_path / "built")
     numbers = [3, 0, 19, -1, 3]
     assert source.__getitems__(numbers) == [source[i] for i in numbers]
