@@ -108,12 +108,13 @@ def read_docstrings(roots: Sequence[Path] | None = None, *, processes: int = 2) 
             raise DataError(f"a reader of documentation strings ended with code {worker.returncode}")
         rows.extend(json.loads(line) for line in out.splitlines())
 
+    rows.sort(key=lambda row: row["module"])  # what is documented twice is taken from the first module, whoever read it
     counts = Counter(row["status"] for row in rows)
     docs: dict[tuple[str, str], Doc] = {}
     for row in rows:
         for fields in row["docs"]:
             docs.setdefault((fields["module"], fields["qualname"]), Doc(**fields))
-    names = public_names(docs, [tuple(a) for row in sorted(rows, key=lambda r: r["module"]) for a in row["aliases"]])
+    names = public_names(docs, [tuple(a) for row in rows for a in row["aliases"]])
     named = [replace(doc, name=names[key]) for key, doc in sorted(docs.items())]
     return named, {"files": len(rows), "unreadable": counts["unreadable"], "docstrings": len(named)}
 

@@ -120,7 +120,8 @@ def graded_pairs(docs: Sequence[Doc], total: int, scores: dict[str, float]) -> I
                      "package": groups["package"][doc.package]}.get(level, range(len(docs)))
             b = mates[rng.randrange(len(mates))] if len(mates) > 1 else a
             pair = (min(a, b), max(a, b))
-            if a != b and pair not in made and _shared(doc, docs[b]) == level and fingerprint_text(doc.summary) != fingerprint_text(docs[b].summary):
+            new = a != b and pair not in made and fingerprint_text(doc.summary) != fingerprint_text(docs[b].summary)
+            if new and _shared(doc, docs[b]) == level:
                 made[pair] = level
                 wanted -= 1
     for (a, b), level in sorted(made.items(), key=lambda item: key("sts", *item[0])):

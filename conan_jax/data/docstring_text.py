@@ -26,7 +26,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bcf)(?<!\bvs)(?<!\betc)[.!?]\s+(?=[A-Z`'\"(])")
 _SIGNATURE = re.compile(r"[A-Za-z_][\w.]*\([^()]*(?:\([^()]*\)[^()]*)*\)(?:\s*(?:->|--).*)?")
 _SECTION = re.compile(
-    r"(?:parameters?|args|arguments|returns?|raises?|yields?|attributes?|examples?|notes?|see also|references|methods|warnings?|keyword args)\s*:?",
+    r"(?:parameters?|args|arguments|keyword args|returns?|raises?|yields?|attributes?|examples?|notes?|see also|references|methods"
+    r"|warnings?)\s*:?",
     re.IGNORECASE,
 )
 MAX_SUMMARY_CHARS = 240
@@ -41,7 +42,7 @@ def plain_text(docstring: str) -> str:
             continue
         if stripped.startswith(">>>") and not any(lines):
             return ""  # a bare doctest says nothing in words
-        if _TEMPLATE.fullmatch(stripped) or _DROPPED_DIRECTIVE.match(stripped) or _DROPPED_FIELD.match(stripped) or _COMMENT.fullmatch(stripped):
+        if any(pattern.fullmatch(stripped) for pattern in (_TEMPLATE, _DROPPED_DIRECTIVE, _DROPPED_FIELD, _COMMENT)):
             continue
         stripped = _DIRECTIVE.sub(lambda m: f"{m[1].capitalize()}: ", stripped)
         stripped = _PROMPT.sub("", stripped)

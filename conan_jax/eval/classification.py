@@ -32,7 +32,8 @@ def evaluate_classification(encoder: Any, evaluation: config.Evaluation) -> Figu
     names = sorted({r["label"] for r in train})
     unknown = sorted({r["label"] for r in test} - set(names))
     if unknown or len(names) < 2:
-        raise DataError(f"{evaluation.train_path} has {len(names)} labels, and lacks {unknown[:5]} of {evaluation.path}; at least two labels and all of the test's are needed")
+        raise DataError(f"{evaluation.train_path} has {len(names)} labels, and lacks {unknown[:5]} of {evaluation.path}; "
+                        "at least two labels and all of the test's are needed")
     number = {name: i for i, name in enumerate(names)}
     train_labels, test_labels = (np.array([number[r["label"]] for r in part]) for part in (train, test))
 
@@ -41,7 +42,9 @@ def evaluate_classification(encoder: Any, evaluation: config.Evaluation) -> Figu
     texts = [train[i]["text"] for i in used] + [r["text"] for r in test]
     vectors = encoder.encode(texts, instruction=evaluation.instruction, max_length=evaluation.max_length)
     place = {int(row): i for i, row in enumerate(used)}
-    results = [fit_and_score(vectors[[place[int(i)] for i in draw]], train_labels[draw], vectors[len(used) :], test_labels) for draw in draws]
+    results = [
+        fit_and_score(vectors[[place[int(i)] for i in draw]], train_labels[draw], vectors[len(used) :], test_labels) for draw in draws
+    ]
     return {name: float(np.mean([r[name] for r in results])) for name in ("accuracy", "f1")}
 
 

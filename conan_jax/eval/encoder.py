@@ -44,7 +44,9 @@ class Encoder:
             query is never encoded by another model than the documents were.
     """
 
-    def __init__(self, params: Any, model: config.Model, tokenizer: Tokenizer, mask: Any = Bidirectional(), identity: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, params: Any, model: config.Model, tokenizer: Tokenizer, mask: Any = Bidirectional(), identity: dict[str, Any] | None = None
+    ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
@@ -159,10 +161,10 @@ def batches(lengths: np.ndarray, batch_size: int, longest: int) -> list[tuple[np
 
 def _take(batch: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
     """`batch_size` rows of `length` tokens; rows beyond `rows` are empty."""
-    part = {"tokens": np.zeros((batch_size, length), np.int32), "lengths": np.zeros(batch_size, np.int32), "prompt_lengths": np.zeros(batch_size, np.int32)}
-    part["tokens"][: len(rows)] = batch["tokens"][rows, :length]
-    for name in ("lengths", "prompt_lengths"):
-        part[name][: len(rows)] = batch[name][rows]
+    part = {name: np.zeros((batch_size, *batch[name].shape[1:]), np.int32) for name in ("tokens", "lengths", "prompt_lengths")}
+    for name, array in part.items():
+        array[: len(rows)] = batch[name][rows]
+    part["tokens"] = part["tokens"][:, :length]
     return part
 
 

@@ -181,9 +181,9 @@ def _read_qrels(path: Path, queries: dict[str, Any], documents: dict[str, Any]) 
         if len(fields) != 3 or not _is_int(fields[2]):
             raise DataError(f"{path}:{number} must be QUERY_ID<tab>DOCUMENT_ID<tab>GRADE, got {line.strip()!r:.80}")
         query, document, grade = fields
-        for what, known, name in (("query", queries, query), ("document", documents, document)):
+        for what, known, name, file in (("query", queries, query, "queries"), ("document", documents, document, "corpus")):
             if name not in known:
-                raise DataError(f"{path}:{number} judges the {what} {name!r}, which is not in the {'queries' if what == 'query' else 'corpus'} file")
+                raise DataError(f"{path}:{number} judges the {what} {name!r}, which is not in the {file} file")
         qrels.setdefault(query, {})[document] = int(grade)
     return qrels
 

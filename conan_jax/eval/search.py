@@ -31,7 +31,8 @@ def build_index(encoder: Any, docs_jsonl: str | Path, out_dir: str | Path, *, ma
     docs = list(_read_documents(Path(docs_jsonl)))
     if not docs:
         raise DataError(f"{docs_jsonl} holds no documents")
-    vectors = encoder.encode_document([d["text"] for d in docs], max_length=min(max_length, encoder.model.max_length), batch_size=batch_size)
+    longest = min(max_length, encoder.model.max_length)
+    vectors = encoder.encode_document([d["text"] for d in docs], max_length=longest, batch_size=batch_size)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / META).unlink(missing_ok=True)
@@ -73,7 +74,8 @@ def load_index(index_dir: str | Path, encoder: Any) -> tuple[np.ndarray, list[An
         raise DataError(f"the search index in {index} is damaged: {vectors.dtype}{list(vectors.shape)} and {len(docs)} documents, "
                         f"but {META} says {list(shape)}; remove the folder and run `conan demo` again")
     if made_by != encoder.identity:
-        raise DataError(f"the search index in {index} was made by {_name(made_by)}, not by {_name(encoder.identity)}; run `conan demo` again to renew it")
+        raise DataError(f"the search index in {index} was made by {_name(made_by)}, not by {_name(encoder.identity)}; "
+                        "run `conan demo` again to renew it")
     return vectors, docs
 
 

@@ -23,7 +23,8 @@ def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
     records = read_records(evaluation.path, "sts", evaluation.max_queries)
     gold = np.array([r["score"] for r in records], np.float64)
     if len(gold) < 2 or np.ptp(gold) == 0:
-        raise DataError(f"{evaluation.path} has {len(gold)} pairs with {len(set(gold))} different scores; a correlation needs at least two of each")
+        raise DataError(f"{evaluation.path} has {len(gold)} pairs with {len(set(gold))} different scores; "
+                        "a correlation needs at least two of each")
     texts = [r["sentence1"] for r in records] + [r["sentence2"] for r in records]
     vectors = encoder.encode(texts, instruction=evaluation.instruction, max_length=evaluation.max_length).astype(np.float64)
     left, right = vectors[: len(records)], vectors[len(records) :]

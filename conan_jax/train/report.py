@@ -138,7 +138,8 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
         figures = files.evaluations[trained[-1]].get(main, {})
         metric = next((m for m in HEADLINES if m in figures), None)
         if metric:
-            beside = [f"{_title(b)} {files.evaluations[b][main][metric]:.3f}" for b in BASELINES if metric in files.evaluations.get(b, {}).get(main, {})]
+            baselines = {b: files.evaluations.get(b, {}).get(main, {}) for b in BASELINES}
+            beside = [f"{_title(b)} {found[metric]:.3f}" for b, found in baselines.items() if metric in found]
             made.append({"label": f"{_metric(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}", "note": ", ".join(beside)})
     if "parameters" in files.summary:
         made.append({"label": "parameters", "value": _short(files.summary["parameters"]), "note": f"{files.summary['parameters']:,}"})
@@ -210,7 +211,8 @@ def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
         lines += [_line(records, key, key.partition("/")[2], i) for i, key in enumerate(tasks, 1)]
         lines = [line for line in lines if line.values]
         if lines:
-            charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines), "note": f"{lines[0].values[0]:.3f} \u2192 {lines[0].values[-1]:.3f}"})
+            change = f"{lines[0].values[0]:.3f} \u2192 {lines[0].values[-1]:.3f}"
+            charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines), "note": change})
     return charts
 
 
@@ -287,7 +289,8 @@ def settings_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             sections.append({"title": key, "rows": list(_flat(value))})
         elif isinstance(value, list):
-            sections += [{"title": f"{key}: {item['name']}", "rows": list(_flat(item))} for item in value if isinstance(item, dict) and "name" in item]
+            named = [item for item in value if isinstance(item, dict) and "name" in item]
+            sections += [{"title": f"{key}: {item['name']}", "rows": list(_flat(item))} for item in named]
     return [s for s in sections if s["rows"]]
 
 
@@ -319,7 +322,8 @@ def _title(who: str) -> str:
 
 
 def _metric(name: str) -> str:
-    return {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy"}.get(name, name)
+    written = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy"}
+    return written.get(name, name)
 
 
 def _short(number: float) -> str:

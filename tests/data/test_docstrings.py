@@ -18,6 +18,8 @@ from conan_jax.errors import DataError
 VERBS = "compute return parse convert remove merge split encode decode open close sort filter count find".split()
 NOUNS = "matrix vector file socket header token calendar archive buffer histogram polynomial queue thread widget tree".split()
 ADJECTIVES = "sparse dense local remote weighted cumulative binary compressed nested ordered random periodic".split()
+KINDS = {"text": "text", "sft": "sft", "pairs": "pair", "names": "pair", "cloze": "pair", "retrieval": "retrieval", "sts": "sts",
+         "labelled": "labelled"}
 OPTIONS = CorpusOptions(sts_pairs=80, label_size=(5, 20), pools=100, pool_size=6, held_out_percent=25, max_queries=30, max_documents=60)
 
 
@@ -35,13 +37,17 @@ def environment(modules=36):
     for m in range(modules):
         package = f"pack{m % 3}"
         files[f"{package}/__init__.py"] = f'"""Tools of package {package} for every day use."""\n'
-        parts = [f'"""Module number {m} about {rng.choice(NOUNS)} handling."""', "class Holder:", f'    """Hold the {rng.choice(NOUNS)} state number {m}."""']
+        parts = [f'"""Module number {m} about {rng.choice(NOUNS)} handling."""', "class Holder:",
+                 f'    """Hold the {rng.choice(NOUNS)} state number {m}."""']
         for f in range(5):
             verb, adjective, noun = rng.choice(VERBS), rng.choice(ADJECTIVES), rng.choice(NOUNS)
-            body = f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} of step {m} times {f} is visited first. Then the {rng.choice(NOUNS)} follows. It takes a {rng.choice(NOUNS)}. What the {rng.choice(NOUNS)} of part {m} holds is kept as it was before by call {f}, whatever the caller did with it in the meantime."
+            body = (f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} of step {m} times {f} is visited first. Then the {rng.choice(NOUNS)} "
+                    f"follows. It takes a {rng.choice(NOUNS)}. What the {rng.choice(NOUNS)} of part {m} holds is kept as it was before by "
+                    f"call {f}, whatever the caller did with it in the meantime.")
             inside = "    " if f % 2 else ""
             self_argument = "self, " if inside else ""
-            parts.append(f'{inside}def {verb}_{noun}_{f}({self_argument}{noun}, limit={f}):\n{inside}    """{verb.capitalize()} the {adjective} {noun} in case {m} and {f}.\n\n'
+            parts.append(f'{inside}def {verb}_{noun}_{f}({self_argument}{noun}, limit={f}):\n'
+                         f'{inside}    """{verb.capitalize()} the {adjective} {noun} in case {m} and {f}.\n\n'
                          f'{inside}    {body}\n{inside}    """')
         methods = [p for p in parts if p.startswith("    def")]
         rest = [p for p in parts if not p.startswith("    def")]
@@ -111,18 +117,23 @@ def test_what_is_read_and_what_is_skipped(tmp_path):
         "pkg/_impl.py": 'raise SystemExit\n\ndef run(a, /, b: int = 1, *c, d=None, e=[], **f):\n    """Run it."""\n',
         "pkg/stars.py": 'class Star:\n    """A star."""\n    def __init__(self, x): pass\n    def shine(self):\n        """Shine on."""\n',
         "pkg/go.py": '"""A module under the name of a function."""\n',
-        "pkg/newdocs.py": "'''Docs.'''\nadd_newdoc('pkg._impl', 'fast', \"\"\"fast(x, y)\n\nBe fast.\"\"\")\nadd_newdoc('pkg._impl', 'fast', ('size', 'How large it is.'))\n",
+        "pkg/newdocs.py": "'''Docs.'''\nadd_newdoc('pkg._impl', 'fast', \"\"\"fast(x, y)\n\nBe fast.\"\"\")\n"
+                          "add_newdoc('pkg._impl', 'fast', ('size', 'How large it is.'))\n",
         "pkg/tests/test_a.py": doc, "pkg/_vendor/six.py": doc, "pkg/test_b.py": doc, "pkg/bad-name/x.py": doc,
         "pkg/broken.py": "def f(:\n    '''x'''\n", "pkg/latin.py": "", "conan_jax/__init__.py": doc, "__editable___x_finder.py": doc,
         "single.py": "if True:\n    def inner():\n        '''Stand inside a condition.'''\n",
     })
     (tmp_path / "pkg/latin.py").write_bytes(b'"""caf\xe9"""\n')
+    assert [m for m, _ in find_modules([tmp_path])] == [
+        "pkg", "pkg._impl", "pkg.broken", "pkg.go", "pkg.latin", "pkg.newdocs", "pkg.stars", "single"]
     docs, counts = read_docstrings([tmp_path])
     found = {d.name: d for d in docs}
-    assert set(found) == {"pkg", "pkg.go", "pkg.go (module)", "pkg.Star", "pkg.Star.shine", "pkg.newdocs", "pkg._impl.fast", "pkg._impl.fast.size", "single.inner"}
+    assert set(found) == {"pkg", "pkg.go", "pkg.go (module)", "pkg.Star", "pkg.Star.shine", "pkg.newdocs", "pkg._impl.fast",
+                          "pkg._impl.fast.size", "single.inner"}
     assert counts == {"files": 8, "unreadable": 2, "docstrings": 9}
     assert found["pkg.go"].signature == "run(a, b=1, *c, d=None, e=..., **f)" and found["pkg.go"].kind == "function"
-    assert found["pkg.go"].module == "pkg._impl" and found["pkg.Star"].signature == "Star(x)" and found["pkg.Star.shine"].parent == "pkg.stars:Star"
+    assert found["pkg.go"].module == "pkg._impl" and found["pkg.Star"].signature == "Star(x)"
+    assert found["pkg.Star.shine"].parent == "pkg.stars:Star"
     assert (found["pkg._impl.fast"].signature, found["pkg._impl.fast"].summary) == ("fast(x, y)", "Be fast.")
     assert heading(found["pkg.Star.shine"]) == "pkg.Star.shine()"
     assert [d for d in docs if not d.is_public] == [found["pkg._impl.fast"], found["pkg._impl.fast.size"]]
@@ -135,7 +146,9 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path):
 
 def test_the_shallowest_public_name_wins_and_cycles_end():
     docs = {("a._b", "f"): None, ("a.c", "g"): None}
-    names = public_names(docs, [("a.f", "a.x.f"), ("a.x.f", "a._b.f"), ("z.f", "a._b.f"), ("a.l", "a.m"), ("a.m", "a.l"), ("a.x.*", "a.x.*"), ("a.d.g", "a.c.g")])
+    aliases = [("a.f", "a.x.f"), ("a.x.f", "a._b.f"), ("z.f", "a._b.f"), ("a.l", "a.m"), ("a.m", "a.l"),
+               ("a.x.*", "a.x.*"), ("a.d.g", "a.c.g")]
+    names = public_names(docs, aliases)
     assert names == {("a._b", "f"): "a.f", ("a.c", "g"): "a.c.g"}
 
 
@@ -159,7 +172,8 @@ def test_equal_texts_stand_for_the_public_shallow_object():
 
 
 def test_large_packages_are_cut_to_those_with_a_body():
-    docs = [doc(f"big.f{i}", f"Summary number {i} here.", "A body." if i % 2 else "") for i in range(10)] + [doc("small.f", "Small thing is here.")]
+    docs = [doc(f"big.f{i}", f"Summary number {i} here.", "A body." if i % 2 else "") for i in range(10)]
+    docs.append(doc("small.f", "Small thing is here."))
     kept = balance(docs, 4)
     assert [d for d in docs if d in kept] == kept and sum(d.package == "big" for d in kept) == 4
     assert all(d.body for d in kept if d.package == "big") and kept[-1].package == "small"
@@ -179,7 +193,7 @@ def test_held_out_and_training_share_no_text(built):
     norm = lambda text: re.sub(r"\W+", " ", text.lower()).strip()  # noqa: E731
     queries, corpus = rows(out / "eval/queries.jsonl"), rows(out / "eval/corpus.jsonl")
     held = {norm(r["text"]) for r in queries + corpus}
-    training = {norm(text) for name in ("pairs", "cloze", "names", "retrieval", "sts", "labelled", "sft", "text") for r in rows(out / f"{name}.jsonl")
+    training = {norm(text) for name in KINDS for r in rows(out / f"{name}.jsonl")
                 for value in r.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)}
     assert len(queries) == counts["eval_queries"] > 10 and not held & training
     everything = " | ".join(training)
@@ -221,15 +235,15 @@ def test_every_record_is_accepted_by_the_schema(built):
     from conan_jax.data.schema import parse
 
     _, out, _ = built
-    kinds = {"text": "text", "sft": "sft", "pairs": "pair", "names": "pair", "cloze": "pair", "retrieval": "retrieval", "sts": "sts", "labelled": "labelled"}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         for row in rows(out / f"{name}.jsonl"):
             parsed = parse(row, kind)
             assert not parsed.dropped or kind == "retrieval", (name, row, parsed.dropped)
 
 
 def test_pools_hold_lexical_neighbours_and_no_answer():
-    docs = [doc(f"p.m.f{i}", f"Sort the {noun} by its keys now.", f"The {noun} is put in order of its keys, smallest first, and number {i} is returned at the end.")
+    docs = [doc(f"p.m.f{i}", f"Sort the {noun} by its keys now.",
+                f"The {noun} is put in order of its keys, smallest first, and number {i} is returned at the end.")
             for i, noun in enumerate(NOUNS)]
     twin = doc("p.n.f0", "Arrange it all in order please.", docs[0].body + " Twin of the same name.")
     records = list(hard_negative_pools([*docs, twin], 100, 4, 500))

@@ -56,7 +56,8 @@ def test_figures_equal_the_formulas(tmp_path):
 
 
 def test_a_query_without_any_ranked_document_counts_as_zero(tmp_path):
-    data = read_beir(write_beir(tmp_path, [doc(0), doc(1)], [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}], [("a", "d0", 1), ("b", "d1", 1)]))
+    queries = [{"_id": "a", "text": "x"}, {"_id": "b", "text": "y"}]
+    data = read_beir(write_beir(tmp_path, [doc(0), doc(1)], queries, [("a", "d0", 1), ("b", "d1", 1)]))
     assert score(data, np.array([[0, -1], [-1, -1]]))["ndcg@10"] == 0.5
 
 

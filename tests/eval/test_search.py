@@ -11,7 +11,11 @@ from conan_jax.eval.search import build_index, search
 from tests.eval.fakes import WordEncoder
 
 WORDS = "read file close socket parse date".split()
-DOCS = [{"id": "io.read", "text": "read file", "summary": "Read [bold]all[/bold] of it."}, {"id": "net.close", "text": "close socket"}, {"id": "time.parse", "text": "parse date date"}]
+DOCS = [
+    {"id": "io.read", "text": "read file", "summary": "Read [bold]all[/bold] of it."},
+    {"id": "net.close", "text": "close socket"},
+    {"id": "time.parse", "text": "parse date date"},
+]
 
 
 @pytest.fixture

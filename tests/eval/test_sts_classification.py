@@ -25,7 +25,8 @@ def average_ranks(values):
 def test_spearman_is_pearson_of_average_ranks(tmp_path):
     words = "a b c d e f g h".split()
     rng = np.random.default_rng(0)
-    pairs = [{"sentence1": " ".join(rng.choice(words, 4)), "sentence2": " ".join(rng.choice(words, 4)), "score": float(rng.integers(0, 6))} for _ in range(40)]
+    pairs = [{"sentence1": " ".join(rng.choice(words, 4)), "sentence2": " ".join(rng.choice(words, 4)), "score": float(rng.integers(0, 6))}
+             for _ in range(40)]
     encoder = WordEncoder(words)
     figures = evaluate(encoder, config.Evaluation("e", "sts", write(tmp_path / "s.jsonl", pairs)))
     cosine = [float(encoder.encode([p["sentence1"]])[0].astype(float) @ encoder.encode([p["sentence2"]])[0].astype(float)) for p in pairs]
@@ -38,7 +39,8 @@ def test_a_perfect_order_is_one_and_its_reverse_minus_one(tmp_path):
     pairs = [{"sentence1": "a a a", "sentence2": " ".join("a" * i + "b" * (9 - i)), "score": i / 2} for i in range(1, 9)]
     for sign in (1, -1):
         rows = [{**p, "score": sign * p["score"]} for p in pairs]
-        assert evaluate(WordEncoder("ab"), config.Evaluation("e", "sts", write(tmp_path / "s.jsonl", rows)))["spearman"] == pytest.approx(sign)
+        figures = evaluate(WordEncoder("ab"), config.Evaluation("e", "sts", write(tmp_path / "s.jsonl", rows)))
+        assert figures["spearman"] == pytest.approx(sign)
 
 
 def test_a_model_that_answers_alike_scores_zero(tmp_path):
@@ -63,7 +65,7 @@ def labelled(label, texts):
 
 def test_separable_classes_are_learnt_and_f1_is_macro(tmp_path):
     train = labelled("red", ["rose ruby"] * 12) + labelled("blue", ["sky sea"] * 12) + labelled("green", ["leaf moss"] * 3)
-    test = labelled("red", ["rose", "ruby", "ruby rose"]) + labelled("blue", ["sea"]) + labelled("green", ["sky sky"])  # the last one misleads
+    test = labelled("red", ["rose", "ruby", "ruby rose"]) + labelled("blue", ["sea"]) + labelled("green", ["sky sky"])  # the last misleads
     paths = [write(tmp_path / f"{n}.jsonl", rows) for n, rows in (("train", train), ("test", test))]
     encoder = WordEncoder("rose ruby sky sea leaf moss".split())
     figures = evaluate(encoder, config.Evaluation("e", "classification", paths[1], train_path=paths[0], instruction="Name the colour"))
