@@ -118,7 +118,9 @@ def _backward(saved: tuple, d_out: Array) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(q: Float[Array, "B K Gb C"], k: Float[Array, "B K b C"], rows: Tokens, columns: Tokens, mask: Mask) -> tuple[Array, Array | float]:
+def _scores(
+    q: Float[Array, "B K Gb C"], k: Float[Array, "B K b C"], rows: Tokens, columns: Tokens, mask: Mask
+) -> tuple[Float[Array, "B K Gb b"], Array | float]:
     """One block of masked scores [B, K, Gb, b], float32, and d(scores)/d(q k^T)."""
     scale = q.shape[-1] ** -0.5
     scores = jnp.einsum("bkrc,bksc->bkrs", q, k, preferred_element_type=jnp.float32) * scale

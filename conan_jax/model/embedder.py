@@ -44,7 +44,9 @@ class Embedder:
         boxed = jax.eval_shape(self._boxed, jax.random.key(0))
         return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
-    def hidden(self, params: Params, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask) -> Float[Array, "B L D"]:
+    def hidden(
+        self, params: Params, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask
+    ) -> Float[Array, "B L D"]:
         """Final-norm hidden states, in the compute dtype, of token ids or of ready input embeddings.
 
         Raises:

@@ -107,7 +107,8 @@ def constrain(x: Array, *names: str | None) -> Array:
         axes = dict(rules).get(name) or ()
         return prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
-    return nn.with_logical_constraint(x, tuple(name if size % parts(name) == 0 else None for name, size in zip(names, x.shape, strict=True)))
+    divided = (name if size % parts(name) == 0 else None for name, size in zip(names, x.shape, strict=True))
+    return nn.with_logical_constraint(x, tuple(divided))
 
 
 def residual_stddev(c: config.Model) -> float:

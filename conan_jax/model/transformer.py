@@ -36,7 +36,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.embedding_initializer_range or c.initializer_range), ("vocab", "embed"))
+        stddev = c.embedding_initializer_range or c.initializer_range
+        init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         # Unrolling inside the scan keeps one parameter tree, [layers, ...], whatever `scan_layers` says.
         self.layers = nn.scan(
@@ -69,7 +70,9 @@ class Decoder(nn.Module):
         text = jnp.where(text.any(axis=1, keepdims=True), text, real)
         return self.pooling(hidden, real, text)
 
-    def embed(self, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"], mask: Mask) -> Float[Array, "B D"]:
+    def embed(
+        self, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"], mask: Mask
+    ) -> Float[Array, "B D"]:
         """Pooled and L2-normalised; zeros for an empty row."""
         hidden = self.hidden(tokens, Layout.from_lengths(lengths, tokens.shape[1]), mask)
         return l2_normalise(self.pool(hidden, lengths, prompt_lengths))

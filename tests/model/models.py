@@ -9,8 +9,8 @@ import numpy as np
 from conan_jax.config import Model
 from conan_jax.model import Embedder
 
-TINY = Model(vocab_size=48, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64, rope_theta=100.0,
-             compute_dtype="float32", scan_layers=False, remat="none", attention="dense", attention_block_size=4)
+TINY = Model(vocab_size=48, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64,
+             rope_theta=100.0, compute_dtype="float32", scan_layers=False, remat="none", attention="dense", attention_block_size=4)
 
 
 def variant(**changes) -> Embedder:

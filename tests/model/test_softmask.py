@@ -49,7 +49,8 @@ def test_mask_grows_with_alpha():
 
 
 @pytest.mark.parametrize("schedule, expected", [
-    ("linear", [0, 0.25, 0.5, 1, 1]), ("accelerate", [0, 0.0625, 0.25, 1, 1]), ("decelerate", [0, 0.4375, 0.75, 1, 1]), ("constant", [1] * 5)])
+    ("linear", [0, 0.25, 0.5, 1, 1]), ("accelerate", [0, 0.0625, 0.25, 1, 1]), ("decelerate", [0, 0.4375, 0.75, 1, 1]),
+    ("constant", [1] * 5)])
 @pytest.mark.parametrize("total, steps", [(8, None), (100, 8)])
 def test_schedules(schedule, expected, total, steps):
     soft = config.SoftMask(schedule=schedule, steps=steps)

@@ -122,17 +122,19 @@ def test_bfloat16_compute_keeps_float32_where_it_matters():
 
 
 def test_fresh_parameters_and_their_axes():
-    embedder = variant(hidden_size=128, vocab_size=256, intermediate_size=192, num_layers=8)
+    embedder = variant(hidden_size=128, vocab_size=256, intermediate_size=192, num_layers=8, embedding_initializer_range=0.1)
     params, axes = jax.jit(embedder.init)(jax.random.key(0)), embedder.axes()
     assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple))
     for (path, p), names in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))):
         name = jax.tree_util.keystr(path)
         assert type(p) is not dict and p.dtype == jnp.float32 and len(names) == p.ndim
-        assert ("layers" in name) == (names[0] == "layers") and set(names) <= {"vocab", "embed", "heads", "kv_heads", "mlp", "layers", "norm"}
+        assert ("layers" in name) == (names[0] == "layers")
+        assert set(names) <= {"vocab", "embed", "heads", "kv_heads", "mlp", "layers", "norm"}
         if "norm" in name:
             assert (p == 1).all()
             continue
         into_residual = "o_proj" in name or "down_proj" in name
-        np.testing.assert_allclose(np.std(p), 0.02 / 4 if into_residual else 0.02, rtol=0.03)
+        stddev = 0.1 if "embedding" in name else 0.02 / 4 if into_residual else 0.02  # 4 = sqrt(2 * 8 layers)
+        np.testing.assert_allclose(np.std(p), stddev, rtol=0.03)
         if names[0] == "layers":
             assert not np.allclose(p[0], p[1])
