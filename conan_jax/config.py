@@ -41,7 +41,8 @@ class Model:
     rms_norm_eps: float = 1e-6
     qk_norm: bool = False
     initializer_range: float = 0.02
-    embedding_initializer_range: float | None = None  # None: initializer_range; larger keeps words apart in short trainings
+    embedding_initializer_range: float | None = None  # None: initializer_range
+    embedding_multiplier: float = 1.0  # token embeddings x this enter the first block; logits use the bare table
     pooling: str = "mean"  # a key of POOLINGS, or "package.module:attr"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # parameters are always float32
     scan_layers: bool = True  # one compiled layer body (TPU); False unrolls (17-20 % faster on CPU)
@@ -51,7 +52,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                  "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "attention_block_size")
+                  "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "embedding_multiplier", "attention_block_size")
         _check(self.embedding_initializer_range is None or self.embedding_initializer_range > 0,
                f"model.embedding_initializer_range must be positive or null, got {self.embedding_initializer_range}")
         _check(self.hidden_size % self.num_heads == 0,

@@ -49,6 +49,8 @@ class Embedder:
     ) -> Float[Array, "B L D"]:
         """Final-norm hidden states, in the compute dtype, of token ids or of ready input embeddings.
 
+        Ready embeddings enter the first block as they are; those of token ids are table rows times `embedding_multiplier`.
+
         Raises:
             ConfigError: `inputs` is neither, or does not match `layout` or the model's width.
         """

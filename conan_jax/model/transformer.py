@@ -56,7 +56,10 @@ class Decoder(nn.Module):
         """Final-norm hidden states in the compute dtype."""
         c = self.config
         B, L = inputs.shape[:2]
-        x = jnp.take(self.embedding, inputs.reshape(-1), axis=0) if inputs.ndim == 2 else inputs.reshape(B * L, -1)
+        if inputs.ndim == 2:
+            x = jnp.take(self.embedding, inputs.reshape(-1), axis=0) * c.embedding_multiplier
+        else:
+            x = inputs.reshape(B * L, -1)
         rope = rope_tables(layout.positions, c.head_dim, c.rope_theta)
         x, _ = self.layers(x.astype(c.compute_dtype), rope, layout, mask)
         return self.final_norm(x).reshape(B, L, -1)

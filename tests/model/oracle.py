@@ -52,7 +52,7 @@ def rope(x, theta):
 def forward(params, c, inputs, m, apply="log"):
     """Final-norm hidden states [l, D] of one sequence of token ids, or of ready embeddings [l, D]."""
     layers = params["layers"]
-    x = np.asarray(inputs, np.float64) if np.ndim(inputs) == 2 else params["embedding"][np.asarray(inputs)]
+    x = np.asarray(inputs, np.float64) if np.ndim(inputs) == 2 else params["embedding"][np.asarray(inputs)] * c.embedding_multiplier
     for n in range(c.num_layers):
         a, f = layers["attention"], layers["mlp"]
         y = rms_norm(x, layers["attention_norm"]["scale"][n], c.rms_norm_eps)

@@ -99,6 +99,15 @@ def test_ends_of_the_anneal_are_the_plain_masks():
         np.testing.assert_array_equal(run(embedder, TOKENS, FULL, SoftMask(float(alpha))), run(embedder, TOKENS, FULL, mask))
 
 
+def test_token_embeddings_enter_multiplied_and_leave_bare():
+    embedder = variant(embedding_multiplier=5.0)
+    params = params_of(embedder)
+    expected = oracle.forward(params, embedder.config, TOKENS[0], oracle.soft_mask(0.0, "key", 9))
+    hidden = run(embedder, TOKENS, FULL, Causal())
+    np.testing.assert_allclose(hidden[0], expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.logits(params, hidden)[0], expected @ np.asarray(params["embedding"]).T, atol=1e-5)
+
+
 def test_ready_embeddings_pass_as_token_ids_do():
     embedder = variant()
     table = embedder.embedding_table(params_of(embedder))
