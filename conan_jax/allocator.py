@@ -1,7 +1,7 @@
 """Keep freed memory inside the process on Linux CPU: XLA's temporary buffer is large and made anew every step.
 
-glibc hands blocks of that size back to the kernel, and each step then pays for its page faults again
-(1.1-1.75x of the step time, see docs/BENCHMARKS.md). Must run before jax allocates.
+glibc hands blocks of that size back to the kernel, and each step then pays for its page faults again.
+Must run before jax allocates.
 """
 
 import ctypes
