@@ -13,14 +13,14 @@ from conan_jax.errors import DataError
 DOCSTRINGS = "docstrings:"
 
 
-def expand(path: str) -> str:
-    """`path` with `$NAME` and `${NAME}` replaced; raises `DataError` naming a variable that is not set."""
+def expand_variables(path: str) -> str:
+    """`path` with `$NAME` and `${NAME}` taken from the environment; raises `DataError` naming a variable that is not set."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
         if not os.environ.get(name):
-            raise DataError(f"{path}: the environment variable {name} is not set; set it to the folder that holds the data, "
-                            f"for instance {name}=/data conan train ...")
+            raise DataError(f"{path} needs the environment variable {name}, which is not set; set it to the folder that holds the data, "
+                            f"for instance export {name}=/data")
         return os.environ[name]
 
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)
@@ -33,7 +33,7 @@ def resolve(run: config.Run, path: str, build_corpus: Callable[[Path], object] |
     installed here; it is built into `DATA_DIR/docstrings` on first use.
     """
     if not path.startswith(DOCSTRINGS):
-        return path if path.startswith("tfds:") else expand(path)
+        return path if path.startswith("tfds:") else expand_variables(path)
     folder = Path(run.data_dir) / "docstrings"
     if build_corpus is None:
         from conan_jax.data.docstrings import build_corpus

@@ -110,7 +110,7 @@ def _build_corpus(console: Console | None, folder: Path) -> None:
 def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | None) -> Tokenizer:
     settings = run.tokenizer
     if settings.path is not None:
-        tokenizer = Tokenizer.load(locations.expand(settings.path))
+        tokenizer = Tokenizer.load(locations.expand_variables(settings.path))
     else:
         names = list(settings.datasets or built)
         mark = fingerprint(settings={**dataclasses.asdict(settings), "datasets": names, "path": None},

@@ -10,13 +10,13 @@ import glob
 import gzip
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from conan_jax.data.locations import expand_variables
 from conan_jax.data.schema import Reject, is_blank
 from conan_jax.errors import DataError
 
@@ -63,7 +63,7 @@ def expand(source: str) -> Plan:
     parts: list[Path | str] = []
     seen: set[str] = set()
     for part in filter(None, (p.strip() for p in source.split(SEPARATOR))):
-        part = re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: _variable(m.group(1) or m.group(2), source), part)
+        part = expand_variables(part)
         if part.startswith("tfds:"):
             parts.append(part)
             continue
@@ -74,12 +74,6 @@ def expand(source: str) -> Plan:
     if not parts:
         raise DataError("the source is empty; give a file, a glob, a directory or tfds:NAME[/CONFIG]:SPLIT")
     return Plan(source, tuple(parts))
-
-
-def _variable(name: str, source: str) -> str:
-    if not os.environ.get(name):
-        raise DataError(f"the source {source} needs the environment variable {name}, which is not set; export {name}=... first")
-    return os.environ[name]
 
 
 def _files(pattern: str, source: str) -> list[Path]:
