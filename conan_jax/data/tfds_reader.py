@@ -6,7 +6,10 @@ import contextlib
 import importlib
 import os
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,8 @@ import tensorflow_datasets as tfds
 
 from conan_jax.data.readers import Item
 from conan_jax.errors import DataError
+
+_SWEEPING = threading.Lock()
 
 
 def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterator[Item]:
@@ -55,7 +60,26 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
         # TFDS imports all of its rooms in one go and stops at the first (audio) that wants tensorflow.
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{room}")
-    return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    with _swept_temporary_folder():
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+
+
+@contextlib.contextmanager
+def _swept_temporary_folder() -> Iterator[None]:
+    """A builder of a dataset that is not yet prepared makes a temporary folder and forgets it: here it goes.
+
+    `tempfile.tempdir` is of the whole process, so only what is empty goes: files that another thread makes meanwhile stay.
+    """
+    with _SWEEPING:
+        folder, before = tempfile.mkdtemp(), tempfile.tempdir
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+            for path in (*Path(folder).glob("tmp*tfds"), folder):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
 
 
 def split_source(source: str) -> tuple[str, str]:

@@ -22,5 +22,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """One tokenizer of 600 tokens for all tests of the session."""
-    return train_tokenizer(sentences(2000), config.Tokenizer(vocab_size=600), tempfile.mkdtemp(prefix="conan-test-tokenizer-"))
+    """One tokenizer of 600 tokens for all tests."""
+    with tempfile.TemporaryDirectory() as folder:  # the tokenizer holds its model
+        return train_tokenizer(sentences(2000), config.Tokenizer(vocab_size=600), folder)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import numpy as np
@@ -20,6 +21,7 @@ from conan_jax.data import convert, shards
 from conan_jax.data.convert import build_dataset
 from conan_jax.data.manifest import read_manifest
 from conan_jax.data.sources import open_source
+from conan_jax.data.tfds_reader import open_builder
 from conan_jax.errors import ConfigError, DataError
 
 RECORDS = {
@@ -301,7 +303,9 @@ class Questions(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    Questions(data_dir=folder, file_format="array_record").download_and_prepare()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))  # TFDS leaves a folder there
+        Questions(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
@@ -323,6 +327,20 @@ def test_tfds_by_folder_with_a_dotted_path(tmp_path, tfds_dir):
     assert {r["query"]: r["pos"] for r in open_source(tmp_path / "out")} == {f"question {i}?": f"answer {i}" for i in range(4)}
     reject = json.loads((tmp_path / "out/rejects.jsonl").read_text())
     assert reject["location"].startswith(f"tfds:{tfds_dir}/questions/1.0.0:train[") and "question 4?" in reject["raw"]
+
+
+def test_a_tfds_set_not_yet_prepared_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert not open_builder("questions", str(tmp_path / "data")).is_prepared()
+    assert os.listdir(tmp_path) == [] and tempfile.gettempdir() == str(tmp_path)
+
+
+def test_temporary_files_of_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, info = [], Questions._info
+    monkeypatch.setattr(Questions, "_info", lambda self: made.append(tempfile.mkstemp()[1]) or info(self))
+    open_builder("questions", str(tmp_path / "data"))
+    assert made and all(os.path.exists(file) for file in made)
 
 
 @pytest.mark.parametrize(("source", "said"), [
