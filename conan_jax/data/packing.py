@@ -26,7 +26,8 @@ import conan_jax
 from conan_jax.data.access import read_records
 from conan_jax.data.folders import fingerprint
 from conan_jax.data.manifest import Manifest, Shard, read_manifest, sha256_of, verify
-from conan_jax.data.sources import SPLIT
+from conan_jax.data.shards import SPLIT, write_tfds_metadata
+from conan_jax.data.sources import open_serialized
 from conan_jax.data.tokenizer import EOS, PAD, Tokenizer
 from conan_jax.data.transforms import as_pair, record_texts
 from conan_jax.errors import DataError
@@ -58,13 +59,7 @@ class PackedRows:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.sequence_length: int = manifest.settings["sequence_length"]
-        try:
-            self._raw = tfds.builder_from_directory(folder).as_data_source(SPLIT).data_source
-        except Exception as error:  # TFDS and ArrayRecord raise many unrelated types for damaged files
-            raise DataError(f"{folder} cannot be opened as a TFDS dataset ({error}); delete it and prepare again") from None
-        if len(self._raw) != manifest.records:
-            raise DataError(f"{folder} opens with {len(self._raw):,} rows, the manifest says {manifest.records:,}; "
-                            "delete it and prepare again")
+        self._raw = open_serialized(folder, manifest)
 
     def __len__(self) -> int:
         return self.manifest.records
@@ -281,9 +276,7 @@ def _finish(work: Path, out: Path, blocks: list[range], shards: list[dict[str, i
         os.replace(part, path)
         entries.append(Shard(path.name, shard["rows"], path.stat().st_size, sha256_of(path)))
     features = tfds.features.FeaturesDict({name: tfds.features.Tensor(shape=(None,), dtype=np.int32) for name in _FIELDS})
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=[e.records for e in entries], num_bytes=sum(s["num_bytes"] for _, s in filled))
-    tfds.folder_dataset.write_metadata(data_dir=whole, features=features, split_infos=[split], version="1.0.0", description="packed rows",
-                                       check_data=False)
+    write_tfds_metadata(whole, features, [e.records for e in entries], sum(s["num_bytes"] for _, s in filled), "packed rows")
     rows = sum(e.records for e in entries)
     settings = {**settings, "fill": settings["tokens"] / (rows * settings["sequence_length"])}
     manifest = Manifest(name=out.name, kind="packed", source="", records=rows, read=settings["documents"], shards=tuple(entries), files=(),

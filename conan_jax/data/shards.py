@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,12 +99,19 @@ def finish(folder: Path, dataset: str, kind: RecordKind, writer: ShardWriter) ->
         if (found := _count(path)) != count:
             raise DataError(f"{path} holds {found:,} of the {count:,} records written to it; is the disk full?")
         shards.append(Shard(path.name, count, path.stat().st_size, sha256_of(path)))
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=writer.counts, num_bytes=writer.num_bytes)
-    tfds.folder_dataset.write_metadata(data_dir=folder, features=example.tfds_features(kind), split_infos=[split], version="1.0.0",
-                                       description=f"{kind} records", check_data=False)
+    write_tfds_metadata(folder, example.tfds_features(kind), writer.counts, writer.num_bytes, f"{kind} records")
     if writer.folder != folder:
         writer.folder.rmdir()
     return tuple(shards)
+
+
+def write_tfds_metadata(
+    folder: Path, features: tfds.features.FeaturesDict, shard_lengths: Sequence[int], num_bytes: int, description: str,
+) -> None:
+    """The files beside the shards that let TFDS open `folder` by itself."""
+    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=list(shard_lengths), num_bytes=num_bytes)
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=[split], version="1.0.0", description=description,
+                                       check_data=False)
 
 
 def _count(path: Path) -> int:

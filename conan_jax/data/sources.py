@@ -27,14 +27,7 @@ class Source:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self.kind: RecordKind = manifest.kind
-        try:
-            data = tfds.builder_from_directory(folder).as_data_source(SPLIT)
-        except Exception as error:  # TFDS and ArrayRecord raise many unrelated types for damaged files
-            raise DataError(f"{folder} cannot be opened as a TFDS dataset ({error}); delete it and build it again") from None
-        self._raw = data.data_source  # serialized records: `example.decode` is faster than the TFDS decoder
-        if len(self._raw) != manifest.records:
-            raise DataError(f"{folder} opens with {len(self._raw):,} records, the manifest says {manifest.records:,}; "
-                            "delete it and build it again")
+        self._raw = open_serialized(folder, manifest)  # `example.decode` is faster than the TFDS decoder
 
     def __len__(self) -> int:
         return self.manifest.records
@@ -54,6 +47,17 @@ class Source:
 
     def __repr__(self) -> str:
         return f"Source({self.manifest.name!r}, kind={self.kind!r}, records={len(self)})"
+
+
+def open_serialized(folder: Path, manifest: Manifest) -> Sequence[bytes]:
+    """The serialized records of a folder of ours, by number. Raises `DataError` when they are not those of the manifest."""
+    try:
+        raw = tfds.builder_from_directory(folder).as_data_source(SPLIT).data_source
+    except Exception as error:  # TFDS and ArrayRecord raise many unrelated types for damaged files
+        raise DataError(f"{folder} cannot be opened as a TFDS dataset ({error}); delete it and build it again") from None
+    if len(raw) != manifest.records:
+        raise DataError(f"{folder} opens with {len(raw):,} records, the manifest says {manifest.records:,}; delete it and build it again")
+    return raw
 
 
 def open_source(folder: str | os.PathLike[str], *, hashes: bool = True) -> Source:
