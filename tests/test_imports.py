@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "conan_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later rooms may import earlier ones; within one number only the same room.
-FOUNDATION = {"errors", "config", "config_io", "allocator"}
+FOUNDATION = {"errors", "files", "config", "config_io", "allocator"}
 LEVEL = dict.fromkeys(FOUNDATION, 0) | {"sharding": 1, "data": 1, "losses": 1, "model": 2, "stages": 3, "train": 4, "eval": 5, "cli": 6, "__main__": 7}
 
 

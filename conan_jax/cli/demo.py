@@ -38,13 +38,13 @@ def demo(
     """
     import conan_jax
     from conan_jax import config_io
-    from conan_jax.cli.files import write_json
     from conan_jax.cli.recipe import Recipe
     from conan_jax.cli.search import results_table as answers_table
     from conan_jax.cli.tables import results_table
     from conan_jax.data.locations import resolve
     from conan_jax.eval.encoder import Encoder
     from conan_jax.eval.search import build_index, search
+    from conan_jax.files import write_json
     from conan_jax.train.report import write_report
 
     console = Console()

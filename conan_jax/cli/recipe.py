@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from conan_jax import config, config_io
-from conan_jax.cli.files import read_json, write_json
 from conan_jax.errors import ConfigError
+from conan_jax.files import read_json, write_json
 
 FREE_KEYS = {"log_every", "checkpoint_every", "keep_checkpoints"}  # may change between a run and its resumption
 

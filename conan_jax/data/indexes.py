@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from jaxtyping import Int32
 from conan_jax.data.access import blocks
 from conan_jax.data.tokenizer import Tokenizer
 from conan_jax.data.transforms import as_pair, count_tokens, instruction_of
+from conan_jax.files import replacing
 
 
 class Labels:
@@ -78,10 +78,6 @@ def _cached(cache: Path | None, compute: Callable[[], dict[str, np.ndarray]]) ->
             return {name: stored[name] for name in stored.files}
     arrays = compute()
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, cache)
+        with replacing(cache) as partial, open(partial, "wb") as file:
+            np.savez(file, **arrays)
     return arrays

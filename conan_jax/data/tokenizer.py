@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import sentencepiece
 
 from conan_jax import config
 from conan_jax.errors import DataError
+from conan_jax.files import read_json, write_file, write_json
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 MODEL_FILE, SETTINGS_FILE = "tokenizer.model", "tokenizer.json"
@@ -116,12 +116,11 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike[str], settings: dict[str, object] | None = None) -> None:
         """Write `tokenizer.model` and `tokenizer.json` (sha256, vocabulary, `settings`); each file appears whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         described = {"sha256": self.sha256, "vocab_size": self.vocab_size, **(settings or {})}
         # The description goes last: a folder that has it is complete.
         (folder / SETTINGS_FILE).unlink(missing_ok=True)
-        _write(folder / MODEL_FILE, self._model)
-        _write(folder / SETTINGS_FILE, (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode())
+        write_file(folder / MODEL_FILE, self._model)
+        write_json(folder / SETTINGS_FILE, described)
 
     def _piece_bytes(self, token: int) -> bytes:
         sp = self._processor
@@ -174,16 +173,7 @@ def train_tokenizer(
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, object]:
     """The content of `tokenizer.json`; `{}` when there is none. Raises `DataError` when it is not JSON."""
-    file = Path(folder) / SETTINGS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}); train the tokenizer again") from error
-    if not isinstance(settings, dict):
-        raise DataError(f"{file} must hold a JSON object; train the tokenizer again")
-    return settings
+    return read_json(Path(folder) / SETTINGS_FILE, {})
 
 
 def spread_sample(texts: Iterable[str], max_bytes: int, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -249,12 +239,3 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from conan_jax.errors import DataError
 from conan_jax.eval.retrieval import top_k
+from conan_jax.files import replacing, write_file, write_json
 
 VECTORS, DOCUMENTS, META = "vectors.npy", "docs.jsonl", "meta.json"
 
@@ -34,14 +34,12 @@ def build_index(encoder: Any, docs_jsonl: str | Path, out_dir: str | Path, *, ma
     longest = min(max_length, encoder.model.max_length)
     vectors = encoder.encode_document([d["text"] for d in docs], max_length=longest, batch_size=batch_size)
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     (out / META).unlink(missing_ok=True)
-    with open(out / f".{VECTORS}.partial", "wb") as file:
+    with replacing(out / VECTORS) as partial, open(partial, "wb") as file:
         np.save(file, vectors, allow_pickle=False)
-    os.replace(out / f".{VECTORS}.partial", out / VECTORS)
-    _write(out / DOCUMENTS, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in docs))
+    write_file(out / DOCUMENTS, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in docs))
     meta = {"count": len(docs), "dimension": int(vectors.shape[1]), "encoder": encoder.identity}
-    _write(out / META, json.dumps(meta, indent=2) + "\n")
+    write_json(out / META, meta)
     return out
 
 
@@ -97,9 +95,3 @@ def _read_documents(path: Path) -> Iterator[Answer]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}: near line {number}, not a JSON object in UTF-8: {error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from conan_jax.errors import DataError
+from conan_jax.files import read_json, write_file
 from conan_jax.train.charts import Line, bars, curves
 
 BASELINES = ("untrained", "bm25")
@@ -75,9 +76,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         versions=versions(),
     )
     target = files.folder / "report.html"
-    partial = files.folder / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
+    write_file(target, page)
     return target
 
 
@@ -85,27 +84,15 @@ def read_run(folder: Path) -> RunFiles:
     """Read what there is of a run. Raises `DataError` when `folder` has no config.json, or a file is not what it must be."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is not the folder of a run (no config.json); train one with `conan demo` or `conan train`")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", {})
     stages = [stage["name"] for stage in config.get("stages", [])]
     metrics = {name: _json_lines(folder / name / "metrics.jsonl") for name in stages}
-    evaluations = {name: _json(folder / name / "evaluation.json") for name in (*BASELINES, *stages)}
+    evaluations = {name: read_json(folder / name / "evaluation.json", {}) for name in (*BASELINES, *stages)}
     return RunFiles(
-        folder=folder, config=config, summary=_json(folder / "summary.json"), searches=_json(folder / "searches.json"),
+        folder=folder, config=config, summary=read_json(folder / "summary.json", {}), searches=read_json(folder / "searches.json", {}),
         metrics={name: records for name, records in metrics.items() if records},
         evaluations={name: figures for name, figures in evaluations.items() if figures},
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); remove it and run the command again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object; remove it and run the command again")
-    return value
 
 
 def _json_lines(path: Path) -> Records:
