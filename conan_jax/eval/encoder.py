@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32
 from rich.progress import track
 
 from conan_jax import config, config_io
+from conan_jax.data.locations import expand_variables
 from conan_jax.data.tokenizer import Tokenizer
 from conan_jax.data.transforms import encode_texts
 from conan_jax.errors import CheckpointError, ConfigError, DataError
@@ -189,9 +190,12 @@ def _stage_folder(folder: Path) -> Path:
 def _find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> Tokenizer:
     """The tokenizer with the recorded sha256, beside the checkpoints or where the recipe put it."""
     places = [stage_folder.parent / "data" / "tokenizer", Path(run.data_dir) / "tokenizer"]
-    if run.tokenizer.path is not None:
-        places.insert(0, Path(os.path.expandvars(run.tokenizer.path)))
     seen = []
+    if run.tokenizer.path is not None:
+        try:
+            places.insert(0, Path(expand_variables(run.tokenizer.path)))
+        except DataError as error:
+            seen.append(str(error))
     for place in places:
         try:
             tokenizer = Tokenizer.load(place)

@@ -172,6 +172,18 @@ def test_a_stage_comes_back_with_its_weights_mask_and_identity(trained, tokenize
     np.testing.assert_allclose(last.encode("read file"), alone(Encoder(doubled, MODEL, tokenizer, Bidirectional()), "read file"), atol=1e-5)
 
 
+def test_the_tokenizer_lies_where_a_variable_says(trained, tokenizer, tmp_path, monkeypatch):
+    run = dataclasses.replace(trained, tokenizer=config.Tokenizer(vocab_size=330, path="$PLACE/words"),
+                              output_dir=str(tmp_path / "other"), data_dir=str(tmp_path / "other/data"))
+    save(run, run.stage("weak"), params_of(Embedder(MODEL)), tokenizer)
+    monkeypatch.delenv("PLACE", raising=False)
+    with pytest.raises(CheckpointError, match="environment variable PLACE, which is not set"):
+        Encoder.load(run_folder(run) / "weak")
+    tokenizer.save(tmp_path / "words")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert Encoder.load(run_folder(run) / "weak").tokenizer.sha256 == tokenizer.sha256
+
+
 def test_what_is_missing_is_named(trained, tmp_path):
     with pytest.raises(CheckpointError, match="no trained model in .*nowhere"):
         Encoder.load(tmp_path / "nowhere")
