@@ -1,8 +1,8 @@
 """A small multilingual embedder, all four stages, on a data folder given by CONAN_DATA.
 
 The folder holds lm/, sft/, pairs/, retrieval/, clr/, sts/, classification/ as jsonl.gz and BEIR dev sets
-(README.md, "Your own data"). Sized for a workstation CPU or one accelerator: raise `steps` and `model.*` where
-there is more.
+(README.md, "Your own data"). Sized for two CPU cores (docs/BENCHMARKS.md has its time): raise `steps`, batches and `model.*`
+where there is more.
 """
 
 import dataclasses
@@ -37,34 +37,36 @@ def get_config(variant: str = "full") -> Run:
         Dataset("sib200", "labelled", f"{data}/classification/sib200/train.jsonl.gz", instruction="Name the topic of the text"),
         *sts,
     )
-    adam = Optimizer(learning_rate=1e-3, warmup_fraction=0.05, weight_decay=1e-2, b2=0.98)
+    adam = Optimizer(learning_rate=3e-3, warmup_fraction=0.05, weight_decay=1e-2, b2=0.98)
     pairs = ("qa", "headings", "tldr", "bitext", "wordnet", "recast")
     run = Run(
         name="small_multilingual",
         datasets=datasets,
         tokenizer=Tokenizer(vocab_size=16_000, datasets=("lm_en", "lm_zh", "lm_multi"), character_coverage=0.999, max_training_bytes=8_000_000),
         model=Model(
-            vocab_size=16_000, hidden_size=256, intermediate_size=640, num_layers=4, num_heads=8, num_kv_heads=2, max_length=512,
-            rope_theta=10_000.0, compute_dtype="float32", scan_layers=False, remat="none",
+            vocab_size=16_000, hidden_size=256, intermediate_size=384, num_layers=2, num_heads=8, num_kv_heads=2, max_length=512,
+            rope_theta=10_000.0, embedding_initializer_range=0.0625, embedding_multiplier=16.0,  # as in configs/demo.py
+            compute_dtype="float32", scan_layers=False, remat="none",
         ),
         stages=(
-            LMStage(name="pretrain", kind="pretrain", datasets=(Mix("lm_en", 2.0), Mix("lm_zh", 1.0), Mix("lm_multi", 1.0)), optimizer=adam,
-                    steps=300, global_batch_size=32, sequence_length=256, checkpoint_every=100),
-            LMStage(name="sft", kind="sft", datasets=(Mix("sft"),), optimizer=dataclasses.replace(adam, learning_rate=3e-4),
-                    steps=60, global_batch_size=16, sequence_length=256, checkpoint_every=100),
-            WeakStage(name="weak", datasets=tuple(Mix(name) for name in pairs), optimizer=adam, steps=800, global_batch_size=128,
-                      buckets=(Bucket(32, 64), Bucket(64, 128)), soft_mask=SoftMask(), contrastive=Contrastive(temperature=0.03),
-                      checkpoint_every=200),
+            LMStage(name="pretrain", kind="pretrain", datasets=(Mix("lm_en", 2.0), Mix("lm_zh", 1.0), Mix("lm_multi", 1.0)),
+                    optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=100, global_batch_size=16, sequence_length=256,
+                    loss_chunk_size=512, checkpoint_every=50),
+            LMStage(name="sft", kind="sft", datasets=(Mix("sft"),), optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=40,
+                    global_batch_size=16, sequence_length=256, loss_chunk_size=512, checkpoint_every=50),
+            WeakStage(name="weak", datasets=tuple(Mix(name) for name in pairs), optimizer=adam, steps=500, global_batch_size=128,
+                      buckets=(Bucket(24, 48), Bucket(48, 96)), soft_mask=SoftMask(), contrastive=Contrastive(temperature=0.05),
+                      checkpoint_every=100),
             SupervisedStage(
-                name="supervised", optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=200, checkpoint_every=100,
+                name="supervised", optimizer=dataclasses.replace(adam, learning_rate=1e-3), steps=150, checkpoint_every=50,
                 tasks=(
-                    Task("retrieval", "retrieval", tuple(Mix(f"retrieval_{lang}") for lang in ("en", "zh", "ja")), 32, Bucket(48, 128)),
-                    Task("clr", "retrieval", (Mix("clr"),), 16, Bucket(48, 128)),
-                    Task("classification", "classification", (Mix("banking77"), Mix("sib200")), 16, Bucket(64, 16), in_batch_negatives=False),
-                    Task("sts", "sts", tuple(Mix(d.name) for d in sts), 32, Bucket(48, 48), weight=0.8),
+                    Task("retrieval", "retrieval", tuple(Mix(f"retrieval_{lang}") for lang in ("en", "zh", "ja")), 48, Bucket(32, 96)),
+                    Task("clr", "retrieval", (Mix("clr"),), 32, Bucket(32, 96)),
+                    Task("classification", "classification", (Mix("banking77"), Mix("sib200")), 16, Bucket(32, 16), in_batch_negatives=False, num_negatives=3),
+                    Task("sts", "sts", tuple(Mix(d.name) for d in sts), 32, Bucket(32, 32), weight=0.8),
                 ),
-                hard_negatives=HardNegatives(rule="v2", num_negatives=3, pool_size=8),
-                contrastive=Contrastive(temperature=0.03, false_negative_margin=None),
+                hard_negatives=HardNegatives(rule="v2", num_negatives=1, pool_size=8),
+                contrastive=Contrastive(temperature=0.05, false_negative_margin=None),
                 matryoshka=Matryoshka(dims=(64, 128, 256)),
             ),
         ),

@@ -7,24 +7,28 @@ from typing import Any
 from rich.table import Table
 
 METRICS = ("ndcg@10", "recall@10", "spearman", "accuracy")
+BASELINES = ("untrained", "bm25")
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """Every evaluation by stage, the best figure of a trained stage in bold."""
-    stages = list(summary["evaluations"])
+    """A block of rows per evaluation, one per stage; the best figure of a trained stage in bold. Fits 80 columns."""
+    stages = summary["evaluations"]
+    names = list(dict.fromkeys(name for figures in stages.values() for name in figures))
+    metrics = [m for m in METRICS if any(m in found for figures in stages.values() for found in figures.values())]
     table = Table(title="Held-out figures after each stage", title_justify="left")
-    table.add_column("evaluation")
-    table.add_column("metric")
-    for stage in stages:
-        table.add_column(stage, justify="right")
-    names = dict.fromkeys(name for figures in summary["evaluations"].values() for name in figures)
+    table.add_column("evaluation", overflow="fold")
+    table.add_column("stage", overflow="fold")
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
     for name in names:
-        for metric in METRICS:
-            row = {s: summary["evaluations"][s].get(name, {}).get(metric) for s in stages}
-            trained = [v for s, v in row.items() if v is not None and s not in ("untrained", "bm25")]
-            if all(v is None for v in row.values()):
-                continue
-            cells = ["" if v is None else f"[bold]{v:.3f}[/bold]" if trained and v == max(trained) and s not in ("untrained", "bm25")
-                     else f"{v:.3f}" for s, v in row.items()]
-            table.add_row(name, metric, *cells)
+        rows = {stage: figures[name] for stage, figures in stages.items() if name in figures}
+        best = {m: max((found[m] for stage, found in rows.items() if stage not in BASELINES and m in found), default=None) for m in metrics}
+        for row, (stage, found) in enumerate(rows.items()):
+            cells = [_cell(found.get(m), stage not in BASELINES and found.get(m) == best[m]) for m in metrics]
+            table.add_row("" if row else name, stage, *cells, end_section=row == len(rows) - 1)
     return table
+
+
+def _cell(value: float | None, bold: bool) -> str:
+    text = "" if value is None else f"{value:.3f}"
+    return f"[bold]{text}[/bold]" if bold and text else text

@@ -44,7 +44,7 @@ class CorpusOptions:
     max_per_package: int = 2500
     held_out_percent: int = 12  # of the modules
     document_chars: int = 1000
-    pools: int = 8000
+    pools: int = 16_000
     pool_size: int = 16
     pool_document_chars: int = 500
     max_queries: int = 700
