@@ -208,9 +208,11 @@ class Matryoshka:
     weights: tuple[float, ...] = ()  # empty: equal weights
 
     def __post_init__(self) -> None:
-        _check(all(d > 0 for d in self.dims) and len(set(self.dims)) == len(self.dims), f"matryoshka.dims must be positive and distinct, got {self.dims}")
-        _check(not self.weights or len(self.weights) == len(self.dims), f"matryoshka.weights {self.weights} needs one weight for each of dims {self.dims}")
-        _check(not self.weights or (min(self.weights) >= 0 and sum(self.weights) > 0), f"matryoshka.weights must be non-negative with a positive sum, got {self.weights}")
+        dims, weights = self.dims, self.weights
+        _check(all(d > 0 for d in dims) and len(set(dims)) == len(dims), f"matryoshka.dims must be positive and distinct, got {dims}")
+        _check(not weights or len(weights) == len(dims), f"matryoshka.weights {weights} needs one weight for each of dims {dims}")
+        _check(not weights or (min(weights) >= 0 and sum(weights) > 0),
+               f"matryoshka.weights must be non-negative with a positive sum, got {weights}")
 
 
 @dataclass(frozen=True)
@@ -395,9 +397,11 @@ class Run:
                f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}")
         for stage in self.stages:
             for dim in getattr(stage, "matryoshka", Matryoshka()).dims:
-                _check(dim <= self.model.hidden_size, f"{stage.name}.matryoshka.dims has {dim}, wider than model.hidden_size {self.model.hidden_size}")
+                _check(dim <= self.model.hidden_size,
+                       f"{stage.name}.matryoshka.dims has {dim}, wider than model.hidden_size {self.model.hidden_size}")
             for length in self.lengths(stage):
-                _check(length <= self.model.max_length, f"{stage.name} trains on length {length}, beyond model.max_length {self.model.max_length}")
+                _check(length <= self.model.max_length,
+                       f"{stage.name} trains on length {length}, beyond model.max_length {self.model.max_length}")
 
     def _dataset_uses(self) -> list[tuple[str, str]]:
         uses = [("tokenizer", name) for name in self.tokenizer.datasets]

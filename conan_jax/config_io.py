@@ -175,7 +175,8 @@ def build(annotation: Any, value: Any, path: str) -> Any:
     if origin is tuple and args[-1] is Ellipsis:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path} must be a list, got {value!r}")
-        return tuple(build(args[0], item, f"{path}.{_member_name(item, i) if isinstance(item, dict) else i}") for i, item in enumerate(value))
+        names = (_member_name(item, i) if isinstance(item, dict) else i for i, item in enumerate(value))
+        return tuple(build(args[0], item, f"{path}.{name}") for name, item in zip(names, value, strict=True))
     try:
         return pydantic.TypeAdapter(annotation).validate_python(value, strict=True)
     except pydantic.ValidationError as error:

@@ -25,6 +25,7 @@ def get_config(variant: str = "full") -> Run:
         Dataset("packages", "labelled", "docstrings:labelled"),
     )
     adam = Optimizer(learning_rate=3e-3, warmup_fraction=0.05, weight_decay=1e-2, b2=0.98)
+    gentle = dataclasses.replace(adam, learning_rate=5e-4)
     run = Run(
         name="demo",
         datasets=datasets,
@@ -37,9 +38,9 @@ def get_config(variant: str = "full") -> Run:
             compute_dtype="float32", scan_layers=False, remat="none",
         ),
         stages=(
-            LMStage(name="pretrain", kind="pretrain", datasets=(Mix("docs"),), optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=60,
+            LMStage(name="pretrain", kind="pretrain", datasets=(Mix("docs"),), optimizer=gentle, steps=60,
                     global_batch_size=32, sequence_length=128, loss_chunk_size=512, checkpoint_every=50),
-            LMStage(name="sft", kind="sft", datasets=(Mix("describe"),), optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=30,
+            LMStage(name="sft", kind="sft", datasets=(Mix("describe"),), optimizer=gentle, steps=30,
                     global_batch_size=32, sequence_length=128, loss_chunk_size=512, checkpoint_every=50),
             WeakStage(name="weak", datasets=(Mix("pairs", 2.0), Mix("names", 1.0), Mix("cloze", 1.0)), optimizer=adam, steps=180,
                       global_batch_size=128, buckets=(Bucket(20, 48),), soft_mask=SoftMask(),

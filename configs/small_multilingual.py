@@ -13,6 +13,7 @@ from conan_jax.config import (
 )
 
 SEARCH = "Given a question, retrieve passages that answer it"
+RETRIEVAL_LANGUAGES = ("en", "zh", "ja")
 STS_LANGUAGES = ("en", "de", "es", "fr", "ja", "nl", "pt", "zh")
 
 
@@ -31,7 +32,8 @@ def get_config(variant: str = "full") -> Run:
         Dataset("bitext", "pair", f"{data}/pairs/bitext_tldr.jsonl.gz"),
         Dataset("wordnet", "pair", f"{data}/pairs/wordnet.jsonl.gz"),
         Dataset("recast", "pair", f"{data}/sft/sft.jsonl.gz"),  # instruction + input = query, output = positive
-        *(Dataset(f"retrieval_{lang}", "retrieval", f"{data}/retrieval/{lang}_train.jsonl.gz", instruction=SEARCH) for lang in ("en", "zh", "ja")),
+        *(Dataset(f"retrieval_{lang}", "retrieval", f"{data}/retrieval/{lang}_train.jsonl.gz", instruction=SEARCH)
+          for lang in RETRIEVAL_LANGUAGES),
         Dataset("clr", "retrieval", f"{data}/clr/train.jsonl.gz", instruction=SEARCH),
         Dataset("banking77", "labelled", f"{data}/classification/banking77/train.jsonl.gz", instruction="Name the intent of the message"),
         Dataset("sib200", "labelled", f"{data}/classification/sib200/train.jsonl.gz", instruction="Name the topic of the text"),
@@ -42,7 +44,8 @@ def get_config(variant: str = "full") -> Run:
     run = Run(
         name="small_multilingual",
         datasets=datasets,
-        tokenizer=Tokenizer(vocab_size=16_000, datasets=("lm_en", "lm_zh", "lm_multi"), character_coverage=0.999, max_training_bytes=8_000_000),
+        tokenizer=Tokenizer(vocab_size=16_000, datasets=("lm_en", "lm_zh", "lm_multi"), character_coverage=0.999,
+                            max_training_bytes=8_000_000),
         model=Model(
             vocab_size=16_000, hidden_size=256, intermediate_size=384, num_layers=2, num_heads=8, num_kv_heads=2, max_length=512,
             rope_theta=10_000.0, embedding_initializer_range=0.0625, embedding_multiplier=16.0,  # as in configs/demo.py
@@ -60,9 +63,10 @@ def get_config(variant: str = "full") -> Run:
             SupervisedStage(
                 name="supervised", optimizer=dataclasses.replace(adam, learning_rate=1e-3), steps=150, checkpoint_every=50,
                 tasks=(
-                    Task("retrieval", "retrieval", tuple(Mix(f"retrieval_{lang}") for lang in ("en", "zh", "ja")), 48, Bucket(32, 96)),
+                    Task("retrieval", "retrieval", tuple(Mix(f"retrieval_{lang}") for lang in RETRIEVAL_LANGUAGES), 48, Bucket(32, 96)),
                     Task("clr", "retrieval", (Mix("clr"),), 32, Bucket(32, 96)),
-                    Task("classification", "classification", (Mix("banking77"), Mix("sib200")), 16, Bucket(32, 16), in_batch_negatives=False, num_negatives=3),
+                    Task("classification", "classification", (Mix("banking77"), Mix("sib200")), 16, Bucket(32, 16),
+                         in_batch_negatives=False, num_negatives=3),
                     Task("sts", "sts", tuple(Mix(d.name) for d in sts), 32, Bucket(32, 32), weight=0.8),
                 ),
                 hard_negatives=HardNegatives(rule="v2", num_negatives=1, pool_size=8),
@@ -72,11 +76,12 @@ def get_config(variant: str = "full") -> Run:
         ),
         evaluations=(
             *(Evaluation(f"retrieval_{lang}", "retrieval", f"{data}/retrieval/{lang}_dev", instruction=SEARCH, max_queries=500,
-                         max_length=128, main=lang == "en") for lang in ("en", "zh", "ja")),
+                         max_length=128, main=lang == "en") for lang in RETRIEVAL_LANGUAGES),
             Evaluation("clr", "retrieval", f"{data}/clr/dev", instruction=SEARCH, max_length=128),
             *(Evaluation(f"sts_{lang}", "sts", f"{data}/sts/stsb.{lang}.dev.jsonl.gz", max_length=64) for lang in STS_LANGUAGES),
             Evaluation("banking77", "classification", f"{data}/classification/banking77/test.jsonl.gz",
-                       train_path=f"{data}/classification/banking77/train.jsonl.gz", instruction="Name the intent of the message", max_length=64),
+                       train_path=f"{data}/classification/banking77/train.jsonl.gz", instruction="Name the intent of the message",
+                       max_length=64),
         ),
     )
     return run if variant == "full" else tiny(run)
@@ -91,7 +96,8 @@ def tiny(run: Run) -> Run:
         run, name="small_multilingual_tiny", output_dir="", data_dir="", model=model,
         tokenizer=dataclasses.replace(run.tokenizer, vocab_size=4000, max_training_bytes=300_000, character_coverage=0.98),
         datasets=tuple(dataclasses.replace(d, limit=300) for d in run.datasets),
-        evaluations=tuple(dataclasses.replace(e, max_queries=30) for e in run.evaluations if e.name in ("retrieval_en", "clr", "sts_en", "banking77")),
+        evaluations=tuple(dataclasses.replace(e, max_queries=30) for e in run.evaluations
+                          if e.name in ("retrieval_en", "clr", "sts_en", "banking77")),
         stages=(
             dataclasses.replace(pretrain, steps=6, global_batch_size=8, sequence_length=64),
             dataclasses.replace(sft, steps=6, global_batch_size=8, sequence_length=64),

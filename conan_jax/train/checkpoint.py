@@ -28,7 +28,8 @@ from conan_jax.train.state import TrainState
 
 FORMAT = 1
 # How the same weights are computed; everything else under `model` decides what they are or mean.
-_FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat", "attention", "attention_block_size"}
+_FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
+                    "attention", "attention_block_size"}
 
 
 def make_metadata(run: config.Run, stage: config.Stage, tokenizer_sha256: str) -> dict[str, Any]:

@@ -122,7 +122,9 @@ class JsonLines:
             self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(f"{self._path} could not be written: {error.strerror}; make room, then start the same command again") from error
+            raise TrainingError(
+                f"{self._path} could not be written: {error.strerror}; make room, then start the same command again"
+            ) from error
         self.last = finite
 
     def close(self) -> None:
