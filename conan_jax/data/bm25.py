@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import bm25s
 import numpy as np
@@ -16,10 +16,13 @@ TOKENS = rf"(?u)[{_UNSPACED}]|[^\W{_UNSPACED}]{{2,}}"
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
-def bm25_ranks(queries: Sequence[str], documents: Sequence[str], k: int) -> Int[np.ndarray, "Q k"]:
+def bm25_ranks(
+    queries: Sequence[str], documents: Sequence[str], k: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Int[np.ndarray, "Q k"]:
     """Rows of the k best documents a query, best first, ties by document order; -1 where no further document shares a term.
 
-    Lucene's variant with k1 1.5 and b 0.75, lower case, English stop words, terms by `TOKENS`.
+    Lucene's variant with k1 1.5 and b 0.75, lower case, English stop words, terms by `TOKENS`. `progress(done, total)`
+    counts queries.
     """
     index = bm25s.BM25()
     index.index(_terms(documents), show_progress=False)
@@ -35,6 +38,7 @@ def bm25_ranks(queries: Sequence[str], documents: Sequence[str], k: int) -> Int[
                 matching = matching[scores[matching] >= floor]
             best = matching[np.argsort(-scores[matching], kind="stable")[:k]]
             ranks[i, : len(best)] = best
+        progress(i + 1, len(queries))
     return ranks
 
 

@@ -19,7 +19,8 @@ import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -92,21 +93,31 @@ def find_modules(roots: Iterable[Path]) -> list[tuple[str, Path]]:
     return sorted(found.items())
 
 
-def read_docstrings(roots: Sequence[Path] | None = None, *, processes: int = 2) -> tuple[list[Doc], dict[str, int]]:
+def read_docstrings(
+    roots: Sequence[Path] | None = None, *, processes: int = 2, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[Doc], dict[str, int]]:
     """All documented objects under `roots`, sorted by (module, qualname), and counts of files read and skipped.
 
+    `progress(done, total)` counts files; those of other processes are taken to keep pace with this one's.
     Raises `DataError` when a root is no folder.
     """
     modules = find_modules(default_roots() if roots is None else roots)
     processes = max(1, min(processes, len(modules) // 200))
     shares = [modules[i::processes] for i in range(processes)]
-    workers = [_start_worker(share) for share in shares[1:]]
-    rows = list(_parse_all(shares[0]))
-    for worker, share in zip(workers, shares[1:], strict=True):
-        out, _ = worker.communicate(json.dumps([[m, str(p)] for m, p in share]).encode())
-        if worker.returncode:
-            raise DataError(f"a reader of documentation strings ended with code {worker.returncode}")
-        rows.extend(json.loads(line) for line in out.splitlines())
+    rows = []
+    workers = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares[1:]]
+    with ThreadPoolExecutor(max_workers=processes) as pool:  # a thread for each worker keeps its pipes moving
+        try:
+            others = [pool.submit(_parse_elsewhere, worker, share) for worker, share in zip(workers, shares[1:], strict=True)]
+            for row in _parse_all(shares[0]):
+                rows.append(row)
+                progress(min(len(rows) * processes, len(modules)), len(modules))
+            for other in others:
+                rows.extend(json.loads(line) for line in other.result().splitlines())
+        except BaseException:
+            for worker in workers:  # the pool waits for its threads, and they for their workers
+                worker.kill()
+            raise
 
     rows.sort(key=lambda row: row["module"])  # what is documented twice is taken from the first module, whoever read it
     counts = Counter(row["status"] for row in rows)
@@ -183,9 +194,12 @@ def _rank(path: str) -> tuple[bool, int, int, str]:
     return any(p.startswith("_") for p in parts), len(parts), len(path), path
 
 
-def _start_worker(share: list[tuple[str, Path]]) -> subprocess.Popen[bytes]:
-    # The share is sent by communicate(); the worker reads all of it before it parses, and starts with its own import meanwhile.
-    return subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _parse_elsewhere(worker: subprocess.Popen[bytes], share: list[tuple[str, Path]]) -> bytes:
+    """The JSON lines of `share`, parsed by `worker`."""
+    lines, _ = worker.communicate(json.dumps([[name, str(path)] for name, path in share]).encode())
+    if worker.returncode:
+        raise DataError(f"a reader of documentation strings ended with code {worker.returncode}")
+    return lines
 
 
 def _parse_all(modules: Iterable[tuple[str, Path]]) -> Iterator[dict]:

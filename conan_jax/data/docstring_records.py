@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from conan_jax.data.bm25 import bm25_ranks
@@ -74,7 +74,10 @@ def cloze_pairs(docs: Sequence[Doc], document_chars: int) -> Iterator[Record]:
             yield {"query": parts[chosen], "pos": shorten(rest, document_chars)}
 
 
-def hard_negative_pools(docs: Sequence[Doc], pools: int, pool_size: int, document_chars: int) -> Iterator[Record]:
+def hard_negative_pools(
+    docs: Sequence[Doc], pools: int, pool_size: int, document_chars: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Record]:
     """Summary, body, and the bodies that BM25 ranks highest for the summary, hardest first, for the first `pools` askable objects.
 
     Never in a pool: the positive, an equal text, the body of an object of the same name or with the same summary (these answer the
@@ -84,7 +87,7 @@ def hard_negative_pools(docs: Sequence[Doc], pools: int, pool_size: int, documen
     askers = [i for i, (doc, _) in enumerate(held) if is_query(doc)][:pools]
     if len(held) < 2 or not askers:
         return
-    ranked = bm25_ranks([held[i][0].summary for i in askers], [body for _, body in held], pool_size + 12)
+    ranked = bm25_ranks([held[i][0].summary for i in askers], [body for _, body in held], pool_size + 12, progress)
     summaries = [fingerprint_text(doc.summary) for doc, _ in held]
     leaves = [doc.qualname.rpartition(".")[2] for doc, _ in held]
     for i, candidates in zip(askers, ranked, strict=True):

@@ -61,12 +61,13 @@ def build_corpus(
     *,
     options: CorpusOptions = CorpusOptions(),
     processes: int = 2,
-    progress: Callable[[str], None] = lambda message: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, int]:
     """Write the corpus into `out_dir` and return its counts (records per file, files read and skipped).
 
     `roots` are folders of Python packages; None takes the running environment's. Files appear whole (written aside, then
     renamed) and the manifest last, so an interrupted build is simply done again and a finished one is reused.
+    `progress(what, done, total)` counts the units of each long part of the work: "files", then "queries" of the pools.
     Raises `DataError` when a root is no folder or documents too little to hold modules out.
     """
     out = Path(out_dir)
@@ -76,8 +77,7 @@ def build_corpus(
     if done is not None:
         return done
 
-    progress("reading documentation strings")
-    found, counts = read_docstrings(roots, processes=processes)
+    found, counts = read_docstrings(roots, processes=processes, progress=functools.partial(progress, "files"))
     docs = balance(deduplicate(found), options.max_per_package)
     train, held_out = hold_out(docs, options.held_out_percent)
     evaluation = evaluation_set(train, held_out, document_chars=options.document_chars, max_queries=options.max_queries,
@@ -85,14 +85,14 @@ def build_corpus(
     if not evaluation["queries.jsonl"]:
         raise DataError(f"only {len(docs)} documented objects under {', '.join(map(str, roots))}: too few to hold modules out")
 
-    progress("writing records")
     records = {
         "text": docstring_records.texts(train),
         "sft": docstring_records.instructions(train),
         "pairs": docstring_records.summary_pairs(train, options.document_chars),
         "names": docstring_records.name_pairs(train, options.document_chars),
         "cloze": docstring_records.cloze_pairs(train, options.document_chars),
-        "retrieval": docstring_records.hard_negative_pools(train, options.pools, options.pool_size, options.pool_document_chars),
+        "retrieval": docstring_records.hard_negative_pools(train, options.pools, options.pool_size, options.pool_document_chars,
+                                                           progress=functools.partial(progress, "queries")),
         "sts": docstring_records.graded_pairs(train, options.sts_pairs, STS_SCORES),
         "labelled": docstring_records.labelled(train, options.label_size, options.document_chars),
         "search": docstring_records.search_documents(docs, options.max_search, options.search_chars),

@@ -104,7 +104,8 @@ def _datasets(run: config.Run, names: Iterable[str], console: Console | None) ->
 def _build_corpus(console: Console | None, folder: Path) -> None:
     from conan_jax.data.docstrings import build_corpus
 
-    build_corpus(folder, progress=lambda message: console.print(message, highlight=False) if console else None)
+    with _bar(console, "reading documentation", "files") as read, _bar(console, "hard negatives", "queries") as rank:
+        build_corpus(folder, progress=lambda what, done, total: {"files": read, "queries": rank}[what](done, total))
 
 
 def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | None) -> Tokenizer:
