@@ -52,7 +52,7 @@ class SoftMask:
         return jnp.asarray(self.alpha, jnp.float32) <= 0 if self.apply == "log" else jnp.asarray(False)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Causal:
     """Each token sees itself and what stands before it: M is 0 above the diagonal."""
@@ -69,7 +69,7 @@ class Causal:
         return jnp.asarray(True)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Bidirectional:
     """Each token sees its whole segment: M is 1 everywhere."""
@@ -86,6 +86,8 @@ class Bidirectional:
         return jnp.asarray(False)
 
 
+# Masks without numbers are static nodes: jaxlib 0.10 takes two dataclass nodes for equal when only their classes differ, and
+# `jit` then runs, whenever their hashes happen to meet, the program of the other mask.
 Mask = Causal | Bidirectional | SoftMask
 
 

@@ -71,6 +71,14 @@ def test_alpha_moves_without_recompiling():
     assert len(traces) == 1 and sums == sorted(sums) and sums[0] == 10 and sums[-1] == 16
 
 
+def test_no_two_masks_share_a_program():
+    """`jit` finds its program by the structure of the arguments: equal structures would mean one program for two masks."""
+    masks = [Causal(), Bidirectional(), *(SoftMask(0.5, apply, index) for apply in ("log", "multiply") for index in ("key", "query"))]
+    structures = [jax.tree.structure(mask) for mask in masks]
+    assert all((a == b) == (i == j) for i, a in enumerate(structures) for j, b in enumerate(structures))
+    assert jax.tree.structure(Causal()) == structures[0] and jax.tree.structure(SoftMask(0.1)) == structures[2]
+
+
 def test_refusals_name_the_key():
     with pytest.raises(ConfigError, match="at least one step"):
         alpha_at(0, 0, config.SoftMask())
