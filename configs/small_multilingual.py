@@ -40,6 +40,7 @@ def get_config(variant: str = "full") -> Run:
         *sts,
     )
     adam = Optimizer(learning_rate=3e-3, warmup_fraction=0.05, weight_decay=1e-2, b2=0.98)
+    gentle = dataclasses.replace(adam, learning_rate=3e-4)
     pairs = ("qa", "headings", "tldr", "bitext", "wordnet", "recast")
     run = Run(
         name="small_multilingual",
@@ -53,9 +54,9 @@ def get_config(variant: str = "full") -> Run:
         ),
         stages=(
             LMStage(name="pretrain", kind="pretrain", datasets=(Mix("lm_en", 2.0), Mix("lm_zh", 1.0), Mix("lm_multi", 1.0)),
-                    optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=100, global_batch_size=16, sequence_length=256,
+                    optimizer=gentle, steps=100, global_batch_size=16, sequence_length=256,
                     loss_chunk_size=512, checkpoint_every=50),
-            LMStage(name="sft", kind="sft", datasets=(Mix("sft"),), optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=40,
+            LMStage(name="sft", kind="sft", datasets=(Mix("sft"),), optimizer=gentle, steps=40,
                     global_batch_size=16, sequence_length=256, loss_chunk_size=512, checkpoint_every=50),
             WeakStage(name="weak", datasets=tuple(Mix(name) for name in pairs), optimizer=adam, steps=500, global_batch_size=128,
                       buckets=(Bucket(24, 48), Bucket(48, 96)), soft_mask=SoftMask(), contrastive=Contrastive(temperature=0.05),
@@ -76,8 +77,8 @@ def get_config(variant: str = "full") -> Run:
         ),
         evaluations=(
             *(Evaluation(f"retrieval_{lang}", "retrieval", f"{data}/retrieval/{lang}_dev", instruction=SEARCH, max_queries=500,
-                         max_length=128, main=lang == "en") for lang in RETRIEVAL_LANGUAGES),
-            Evaluation("clr", "retrieval", f"{data}/clr/dev", instruction=SEARCH, max_length=128),
+                         max_length=96, main=lang == "en") for lang in RETRIEVAL_LANGUAGES),
+            Evaluation("clr", "retrieval", f"{data}/clr/dev", instruction=SEARCH, max_length=96),
             *(Evaluation(f"sts_{lang}", "sts", f"{data}/sts/stsb.{lang}.dev.jsonl.gz", max_length=64) for lang in STS_LANGUAGES),
             Evaluation("banking77", "classification", f"{data}/classification/banking77/test.jsonl.gz",
                        train_path=f"{data}/classification/banking77/train.jsonl.gz", instruction="Name the intent of the message",
