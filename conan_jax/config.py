@@ -8,6 +8,7 @@ Rendering, `--set` overrides and loading of `configs/*.py` live in `conan_jax.co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from string import ascii_letters, digits
 from typing import Any, Literal
 
 from conan_jax.errors import ConfigError
@@ -385,6 +386,8 @@ class Run:
     data_dir: str = ""  # prepared data, shareable between runs; default OUTPUT_DIR/data
 
     def __post_init__(self) -> None:
+        _check(bool(self.name) and set(self.name) <= set(f"{ascii_letters}{digits}_-.") and self.name.strip(".") != "",
+               f"name {self.name!r} may hold letters, digits, '-', '_' and '.' only: it names the folder runs/NAME")
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.name}")
         object.__setattr__(self, "data_dir", self.data_dir or f"{self.output_dir}/data")
         for what, items in (("stage", self.stages), ("dataset", self.datasets), ("evaluation", self.evaluations)):

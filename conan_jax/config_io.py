@@ -29,14 +29,16 @@ def load_run(spec: str, overrides: typing.Sequence[str] = ()) -> config.Run:
 
     The file defines `get_config(variant)`. Raises `ConfigError` naming the file or the key.
     """
-    path, _, variant = spec.partition(":")
-    variant = variant or "full"
+    path, colon, variant = spec.partition(":")
+    variant = variant if colon else "full"
     if variant not in VARIANTS:
         raise ConfigError(f"{spec}: no variant {variant!r}; there is {' and '.join(VARIANTS)}")
     file = Path(path)
     if not file.is_file():
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise ConfigError(f"no configuration file {path}" + (f"; configs/ holds {known}" if known else ""))
+    if file.suffix != ".py":
+        raise ConfigError(f"{path} is no configuration: a configuration is a .py file that defines get_config(variant)")
     module_spec = importlib.util.spec_from_file_location(f"conan_config_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -44,7 +46,7 @@ def load_run(spec: str, overrides: typing.Sequence[str] = ()) -> config.Run:
         run = module.get_config(variant)
     except ConanError:
         raise
-    except Exception as error:  # whatever a user's file raises is a wrong configuration
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is a wrong configuration
         raise ConfigError(f"{path} could not be read: {type(error).__name__}: {error}") from error
     if not isinstance(run, config.Run):
         raise ConfigError(f"{path}: get_config() must return a conan_jax.config.Run, got {type(run).__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import typer
@@ -16,6 +18,15 @@ QUESTIONS = (
     "run code in a separate process",
     "sort a list by a key",
 )
+
+
+def shown_command() -> str:
+    """`conan`, or its path when a shell would not find this environment's command."""
+    here = Path(sys.executable).with_name("conan")
+    found = shutil.which("conan")
+    if not here.exists() or (found is not None and Path(found).samefile(here)):
+        return "conan"
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
 
 
 def demo(
@@ -60,4 +71,5 @@ def demo(
     for question in QUESTIONS[:2]:
         console.print(answers_table(question, answers[question]))
     console.print(results_table(summary))
-    console.print(f"report  {report_file}\nsearch  conan search \"how do I ...\"", highlight=False)
+    elsewhere = "" if recipe.folder == Path("runs/demo") else f" --run {recipe.folder}"
+    console.print(f"report  {report_file}\nsearch  {shown_command()} search \"how do I ...\"{elsewhere}", highlight=False, soft_wrap=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from conan_jax.errors import EXIT_BAD_INPUT, ConanError
+from conan_jax.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, ConanError
 
 app = typer.Typer(
     name="conan",
@@ -47,17 +49,34 @@ _mount()
 
 
 def run() -> None:
-    """Entry point: errors a user can cause end in one line and their exit code, not in a traceback."""
+    """Entry point: errors a user can cause end in one line and their exit code, not in a traceback.
+
+    SIGTERM and SIGINT end any command with 42: files are written whole or not at all, so the same command goes on. While a
+    stage trains, its loop listens instead and saves first.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         app()
+    except _Stopped:
+        _say("stopped; start the same command again to go on")
+        sys.exit(EXIT_RESUMABLE)
     except ConanError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]conan:[/bold red] {_plain(error)}")
+        _say(str(error))
         sys.exit(error.exit_code)
     except SystemExit as stop:  # a mistyped flag must not look resumable to a scheduler
         sys.exit(EXIT_BAD_INPUT if stop.code == 2 else stop.code)
 
 
-def _plain(error: ConanError) -> str:
+class _Stopped(BaseException):
+    """A signal asked the command to end; no `except Exception` on the way may keep it."""
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise _Stopped
+
+
+def _say(message: str) -> None:
     from rich.markup import escape
 
-    return escape(str(error))
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]conan:[/bold red] {escape(message)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,37 @@ class Recipe:
     def train(self, only: str | None = None, fresh: bool = False) -> dict[str, Any]:
         """Train every stage, or the one called `only`, evaluate each when it ends, and return the summary.
 
-        Stages that are complete are not trained again, an interrupted one goes on from its last checkpoint.
+        Stages that are complete are not trained again, an interrupted one goes on from its last checkpoint. `fresh` forgets the
+        stages to train and those after them, which descend from them.
         """
         stages = [self.run.stage(only)] if only else list(self.run.stages)
         if fresh:
-            for stage in stages:
-                shutil.rmtree(self.folder / stage.name, ignore_errors=True)
+            self._forget(self.run.stages[self.run.stages.index(stages[0]):])
         self._refuse_changed_recipe(stages)
+        self._refuse_missing_start(stages[0])
         self.prepare()
         write_json(self.folder / "config.json", config_io.to_dict(self.run))
         self._evaluate_baselines()
         for stage in stages:
             self._train_stage(stage)
         return self.summarise()
+
+    def _forget(self, stages: Sequence[config.AnyStage]) -> None:
+        """Remove what was trained in `stages`, and the index that the last of them made."""
+        begun = [stage.name for stage in stages if (self.folder / stage.name).exists()]
+        for name in [*begun, "index"]:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if begun:
+            self.console.print(f"forgotten: {', '.join(begun)}", highlight=False)
+
+    def _refuse_missing_start(self, stage_config: config.AnyStage) -> None:
+        """A later stage alone needs the weights of the one before it; from scratch it would be another recipe."""
+        from conan_jax.train.checkpoint import latest_step
+
+        previous = self._previous_folder(stage_config)
+        if previous is not None and latest_step(previous) is None and latest_step(self.folder / stage_config.name) is None:
+            raise ConfigError(f"stage {stage_config.name!r} starts from stage {previous.name!r}, which has no checkpoint in {self.folder}; "
+                              "train that first, or drop it from the recipe's stages to start from scratch")
 
     def _train_stage(self, stage_config: config.AnyStage) -> None:
         from conan_jax.data.pipeline import Pipeline
@@ -124,7 +142,8 @@ class Recipe:
                 with self.console.status(f"evaluating {who} on {evaluation.name}"):
                     figures[evaluation.name] = evaluate(encoder, evaluation)
             write_json(file, figures)
-        self.console.print(f"[bold]{who}[/bold] " + "  ".join(f"{name} {headline(f)}" for name, f in figures.items()), highlight=False)
+        if figures:
+            self.console.print(f"[bold]{who}[/bold] " + "  ".join(f"{name} {headline(f)}" for name, f in figures.items()), highlight=False)
 
     def summarise(self) -> dict[str, Any]:
         """Write and return `summary.json`: the main figures by stage, everything else beneath."""

@@ -15,7 +15,7 @@ def train(
     config: str = ConfigArgument,
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
-    fresh: bool = typer.Option(False, "--fresh", help="Forget the checkpoints of these stages and train them anew."),
+    fresh: bool = typer.Option(False, "--fresh", help="Train anew: forget the checkpoints of these stages and of all that follow."),
     as_json: bool = typer.Option(False, "--json", help="Print summary.json at the end, and progress on standard error."),
 ) -> None:
     """Train a recipe: prepare what is missing, train stage by stage, evaluate after each, write report.html.
@@ -43,9 +43,11 @@ def train(
     report_file = write_report(recipe.folder)
     if as_json:
         typer.echo(json.dumps(summary))
-    else:
+    elif run.evaluations:
         console.print(results_table(summary))
-    console.print(f"summary {recipe.folder / 'summary.json'}   report {report_file}", highlight=False)
+    else:
+        console.print("no figures: the recipe names no evaluations")
+    console.print(f"summary {recipe.folder / 'summary.json'}\nreport  {report_file}", highlight=False, soft_wrap=True)
 
 
 def prepare(config: str = ConfigArgument, overrides: list[str] = SetOption) -> None:

@@ -134,7 +134,7 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
         made.append({"label": "time", "value": _clock(files.summary["seconds"]), "note": "all phases, evaluation included"})
     steps = sum(records[-1]["step"] for records in files.metrics.values())
     if steps:
-        made.append({"label": "updates", "value": f"{steps:,}", "note": f"{len(files.metrics)} of {len(files.stages)} stages begun"})
+        made.append({"label": "updates", "value": f"{steps:,}", "note": f"{len(files.metrics)} of {len(files.stages)} stages"})
     return made
 
 
