@@ -27,9 +27,11 @@ def train(
 
         conan train configs/demo.py
 
-        conan train configs/small_multilingual.py --stage weak --set weak.optimizer.learning_rate=3e-4
+        conan train configs/demo.py --set name=trial --set weak.optimizer.learning_rate=1e-3
 
-        conan train configs/conan_v2.py:tiny --set name=trial --set weak.soft_mask.schedule=accelerate
+        CONAN_DATA=/data conan train configs/small_multilingual.py
+
+        CONAN_DATA=/data conan train configs/conan_v2.py:tiny --set weak.soft_mask.schedule=accelerate
     """
     from conan_jax import config_io
     from conan_jax.cli.recipe import Recipe

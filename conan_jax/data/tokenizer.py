@@ -144,8 +144,10 @@ def train_tokenizer(
     the sample is spread over the whole. Digits are single tokens (numbers stay comparable) and runs of spaces may
     merge (indentation). `extra` is kept in `tokenizer.json`; `progress` is called with the bytes read so far.
 
-    Raises `DataError` when there is no text, or too little for `vocab_size` (it names the size that works).
+    Raises `DataError` when there is no text, too little for `vocab_size` (it names the size that works), or when
+    `out_dir` cannot be written, which is found before anything is read.
     """
+    _refuse_unwritable(Path(out_dir))
     sample = spread_sample(texts, settings.max_training_bytes, progress)
     if not sample:
         raise DataError("there is no text to train the tokenizer on; name datasets with records in tokenizer.datasets")
@@ -164,11 +166,24 @@ def train_tokenizer(
         _refuse_surrogates(sample)
         raise _training_error(error, settings, sum(len(text.encode()) for text in sample)) from error
     tokenizer = Tokenizer(model.getvalue(), origin="the trained model")
-    tokenizer.save(out_dir, {
-        "kind": "sentencepiece-bpe", "character_coverage": settings.character_coverage,
-        "max_training_bytes": settings.max_training_bytes, **(extra or {}),
-    })
+    try:
+        tokenizer.save(out_dir, {
+            "kind": "sentencepiece-bpe", "character_coverage": settings.character_coverage,
+            "max_training_bytes": settings.max_training_bytes, **(extra or {}),
+        })
+    except OSError as error:
+        raise DataError(f"the tokenizer cannot be written to {out_dir}: {error.strerror}; "
+                        "check that the disk has room and that the folder may be written") from None
     return tokenizer
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Hours of training must not end in a folder that cannot be made. Asks without making anything: the training may yet fail."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise DataError(f"{place} is a file, not a folder; name another folder for the tokenizer, or move the file away")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write in {place}; name another folder for the tokenizer")
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, object]:

@@ -122,6 +122,35 @@ def test_the_sample_is_spread_evenly_and_bounded():
     assert len(tok.spread_sample(["x" * 50, "y"], 10)) == 1  # a single text is never refused
 
 
+def unread():
+    raise AssertionError("the texts were read")
+    yield
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below/it"])
+def test_a_file_where_the_folder_should_be_is_refused_before_training(tmp_path, out):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(DataError, match="taken is a file, not a folder"):
+        tok.train_tokenizer(unread(), config.Tokenizer(vocab_size=400), tmp_path / out)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(tok.os, "access", lambda path, mode: path != tmp_path)  # chmod does not stop a superuser
+    with pytest.raises(DataError, match=f"cannot write in {tmp_path};"):
+        tok.train_tokenizer(unread(), config.Tokenizer(vocab_size=400), tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_an_error_without_a_traceback(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tok, "write_file", full)
+    with pytest.raises(DataError, match="No space left on device; check that the disk"):
+        tok.train_tokenizer(sentences(300), config.Tokenizer(vocab_size=400), tmp_path / "t")
+
+
 def test_a_changed_model_file_is_refused(tmp_path):
     tok.train_tokenizer(sentences(300), config.Tokenizer(vocab_size=400), tmp_path / "a")
     tok.train_tokenizer(sentences(300), config.Tokenizer(vocab_size=401), tmp_path / "b")
