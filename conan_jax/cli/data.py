@@ -74,11 +74,13 @@ def build(
     from conan_jax.data.convert import build_dataset
 
     with _Bar(enabled=not as_json) as bar:
-        manifest = build_dataset(dataset, out, num_shards=num_shards, force=force, progress=bar,
+        manifest = build_dataset(dataset, out, num_shards=num_shards, force=force, progress=bar, say=_note,
                                  tfds_data_dir=str(tfds_data_dir) if tfds_data_dir else None)
     if as_json:
         _print_json(manifest)
         return
+    if not bar.called:
+        _note(f"{out} was already built from this source; nothing to do (--force builds it again)")
     _print_manifest(out, manifest)
     if manifest.rejected:
         typer.echo(f"{manifest.rejected:,} bad records are in {out / 'rejects.jsonl'}")
@@ -155,19 +157,27 @@ class _Bar:
                    TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True), disable=not enabled)
         self._task = self._progress.add_task("", total=None, text="")
+        self.called = False
 
     def __enter__(self) -> _Bar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if self.called and error is None:  # with a limit the source is not read to its end
+            self._progress.update(self._task, total=max(self._progress.tasks[0].completed, 1))
         self._progress.stop()
 
     def __call__(self, now: Any) -> None:
+        self.called = True
         self._progress.start()
         elapsed = self._progress.tasks[0].elapsed or 0
         rate = f", {now.records / elapsed:,.0f}/s" if elapsed > 0 else ""
         text = f"{now.records:,} records{rate}" + (f", {now.rejected:,} bad" if now.rejected else "")
         self._progress.update(self._task, total=now.total, completed=now.done, text=text)
+
+
+def _note(message: str) -> None:
+    typer.echo(f"conan: {message}", err=True)
 
 
 def _print_json(manifest: Manifest, **more: Any) -> None:
@@ -183,7 +193,7 @@ def _print_manifest(folder: Path, manifest: Manifest) -> None:
 
     size = sum(shard.bytes for shard in manifest.shards)
     table = Table(title=escape(str(folder)), show_header=False, title_justify="left")
-    files = f" ({len(manifest.files)} files, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if manifest.files else ""
+    files = f" ({len(manifest.files)} {'file' if len(manifest.files) == 1 else 'files'}, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if manifest.files else ""
     rows = {"kind": manifest.kind, "records": f"{manifest.records:,}", "shards": f"{len(manifest.shards)}, {size / 1e6:,.1f} MB",
             "source": manifest.source + files,
             "dialects": _counts(manifest.dialects), "rejected": f"{manifest.rejected:,} of {manifest.read:,} ({manifest.reject_rate:.2%})",

@@ -75,8 +75,21 @@ def train(
 
         if not datasets or out is None or overrides:
             raise ConfigError("give dataset folders and --out DIR, or --config FILE (with --set); see conan tokenizer train --help")
+        before = _sha256(out)
         tokenizer = train_tokenizer(dataset_texts(datasets), settings.Tokenizer(**given), out)
+        if before not in (None, tokenizer.sha256):
+            typer.echo(f"conan: it replaces the tokenizer {before[:12]}, which models trained with it still need", err=True)
     typer.echo(f"{out}: {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256}")
+
+
+def _sha256(folder: Path) -> str | None:
+    from conan_jax.data.tokenizer import Tokenizer
+    from conan_jax.errors import DataError
+
+    try:
+        return Tokenizer.load(folder).sha256
+    except DataError:
+        return None
 
 
 @app.command("info", epilog=_INFO_EXAMPLES)

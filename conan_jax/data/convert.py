@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import shutil
 from collections import Counter
@@ -26,7 +25,6 @@ from conan_jax.errors import DataError
 
 _EXCERPT = 500
 _HOPELESS = 1000  # a source whose first so many records are all bad is not read to its end
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class Progress:
 
 
 def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shards: int | None = None, force: bool = False,
-                  progress: Callable[[Progress], None] | None = None, tfds_data_dir: str | None = None) -> Manifest:
+                  progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] | None = None,
+                  tfds_data_dir: str | None = None) -> Manifest:
     """Build `dataset` in `out_dir`, or find that it is already there, and return its manifest.
 
     Records keep the order of the source: files by name, lines in order. Memory stays bounded whatever the size.
@@ -48,7 +47,8 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
     Args:
         num_shards: the number of ArrayRecord files; None starts a new one every 256 MiB of records.
         force: build even if `out_dir` holds the same dataset from the same source bytes.
-        progress: called now and then with a `Progress`.
+        progress: called now and then with a `Progress`, at least once if anything is built.
+        say: told, in a sentence, what a user would want to know of what was in `out_dir` before: damaged, replaced, sourceless.
         tfds_data_dir: where TFDS keeps its datasets (default `$TFDS_DATA_DIR`).
 
     Raises:
@@ -56,6 +56,7 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
         DataError: nothing to read, an unreadable file, or more than `max_reject_rate` of the records are bad; the
             rejects then lie in `OUT_DIR.rejects.jsonl`, one JSON object a line with place, reason and excerpt.
     """
+    say = say or (lambda _: None)
     check_fields(dataset.kind, dataset.fields)
     out = Path(out_dir).absolute()
     _refuse_foreign(out)
@@ -69,16 +70,18 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
         _restore(out)
         settings = {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit,
                     "num_shards": num_shards}
-        built = None if force else _built(out, settings)
+        built = None if force else _built(out, settings, say)
         try:
             plan = readers.expand(dataset.source)
         except DataError as error:
             if built is None:
                 raise
-            _log.warning("%s; using the dataset already built in %s", error, out)
+            say(f"{error}; using the dataset already built in {out}")
             return built
         if built and built.reject_rate <= dataset.max_reject_rate and _same_source(built, plan):
             return built
+        if built:
+            say(f"the source of {out} has changed; building it again")
         return _build(dataset, plan, out, settings, num_shards, progress, tfds_data_dir)
 
 
@@ -95,14 +98,20 @@ def _refuse_foreign(out: Path) -> None:
                         "name another folder, or move it away")
 
 
-def _built(out: Path, settings: dict[str, Any]) -> Manifest | None:
+def _built(out: Path, settings: dict[str, Any], say: Callable[[str], None]) -> Manifest | None:
     """The manifest of a whole dataset in `out` that was built with these settings."""
+    if not (out / MANIFEST).exists():
+        return None
     try:
         manifest = read_manifest(out)
         verify(out, manifest, hashes=False)
-    except DataError:
+    except DataError as error:
+        say(f"{str(error).partition(';')[0]}; building it again from its source")
         return None
-    return manifest if manifest.settings == settings else None
+    if manifest.settings == settings:
+        return manifest
+    say(f"the {manifest.records:,} {manifest.kind} records in {out} were built with other settings; replacing them")
+    return None
 
 
 def _same_source(built: Manifest, plan: readers.Plan) -> bool:
@@ -158,6 +167,7 @@ def _build(dataset: Dataset, plan: readers.Plan, out: Path, settings: dict[str, 
 class _Tally:
     read: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> where it was met first, and what was found there
     dropped: Counter[str] = field(default_factory=Counter)
     dialects: Counter[str] = field(default_factory=Counter)
 
@@ -179,6 +189,7 @@ def _convert(dataset: Dataset, plan: readers.Plan, folder: Path, writer: shards.
                 parsed = parse(item.raw, dataset.kind, dataset.fields)
             except Reject as reject:
                 tally.rejects[reject.reason] += 1
+                tally.first.setdefault(reject.reason, f"{item.location}: {reject.detail}")
                 excerpt = (reject.raw or _show(item.raw))[:_EXCERPT]
                 line = {"location": item.location, "reason": reject.reason, "detail": reject.detail, "raw": excerpt}
                 rejects_file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -212,10 +223,11 @@ def _source_file(file: Path) -> SourceFile:
 def _failure(dataset: Dataset, tally: _Tally, kept: Path) -> str:
     if not tally.read:
         return f"{dataset.source} holds no records"
-    reasons = "; ".join(f"{count:,} {reason} ({REASONS[reason]})" for reason, count in tally.rejects.most_common())
+    reasons = "".join(f"\n  {count:,} {reason}: {REASONS[reason]}\n    first at {tally.first[reason]}"
+                      for reason, count in tally.rejects.most_common())
     return (f"{dataset.name}: {tally.rejects.total():,} of the {tally.read:,} records read from {dataset.source} cannot be used "
-            f"as {dataset.kind} (max_reject_rate is {dataset.max_reject_rate:g}): {reasons}. Read {kept}; then fix the source, "
-            "map its columns with fields, or raise max_reject_rate")
+            f"as {dataset.kind} (max_reject_rate is {dataset.max_reject_rate:g}):{reasons}\nAll of them are in {kept}. Fix the source, "
+            "map its columns with fields (--field OURS=COLUMN), or raise max_reject_rate (--max-reject-rate)")
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:

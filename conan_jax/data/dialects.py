@@ -34,7 +34,7 @@ def _pairs(name: str, query: str | Join, pos: str, neg: tuple[str, ...] = (), in
 
 _PROMPT = ("instruction", "prompt")
 _RETRIEVAL = (
-    _pairs("flagembedding", "query", "pos", ("neg",), _PROMPT),
+    _pairs("query-pos", "query", "pos", ("neg",), _PROMPT),
     _pairs("tevatron", "query", "positive_passages", ("negative_passages",), _PROMPT),
     _pairs("e5", "query", "positive", ("negative*", "negatives"), _PROMPT),
     _pairs("query-positives", "query", "positives", ("negatives",), _PROMPT),

@@ -97,7 +97,8 @@ def _datasets(run: config.Run, names: Iterable[str], console: Console | None) ->
             raise ConfigError(f"a dataset cannot be called {name!r}, which is a folder of the prepared data; rename it")
         with _bar(console, f"dataset {name}", "bytes") as advance:
             located = dataclasses.replace(run.dataset(name), source=locations.resolve(run, run.dataset(name).source, build_corpus))
-            built[name] = build_dataset(located, dataset_folder(run, name), progress=lambda p: advance(p.done, p.total))
+            built[name] = build_dataset(located, dataset_folder(run, name), progress=lambda p: advance(p.done, p.total),
+                                        say=console.print if console else None)
     return built
 
 
@@ -148,8 +149,8 @@ def _pack(run: config.Run, stage: config.LMStage, name: str, manifest: Manifest,
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Units a second."""
-        speed = task.finished_speed or task.speed
+        """Units a second: of the last moments while it runs, of the whole when it is done."""
+        speed = task.completed / task.elapsed if task.finished and task.elapsed else task.speed
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
 
@@ -168,7 +169,7 @@ def _bar(console: Console | None, label: str, unit: str) -> Iterator[Advance]:
     try:
         yield advance
         for task in progress.tasks:  # a dataset with a limit is done before its source is read to the end
-            progress.update(task.id, completed=task.total)
+            progress.update(task.id, total=max(task.completed, 1))
     finally:
         if progress.tasks:
             progress.stop()

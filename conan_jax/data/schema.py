@@ -77,7 +77,7 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -
         kind: a key of `KINDS`.
         fields: our field name -> column or dotted path (`answers.text.0`), where the dialects do not fit.
 
-    Retrieval-shaped records read as `pair` give their first positive; sft-shaped records read as `pair` give
+    Retrieval-shaped records read as `pair` give their first positive (`further_positive` counts the others); sft-shaped records read as `pair` give
     query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
     equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`; so is an
     optional field (`no_neg`) whose column in `fields` is not there. With scores the pool is sorted by falling
@@ -225,6 +225,8 @@ def _build_pair(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]
     if isinstance(pos, list | tuple):
         if not pos:
             raise Reject("missing_field", "pos is an empty list")
+        if len(pos) > 1:
+            dropped["further_positive"] += len(pos) - 1
         pos = pos[0]
     pos = _text(pos, "pos")
     if _same(query, pos):

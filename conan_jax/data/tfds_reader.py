@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -14,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from conan_jax.data.readers import Item
 from conan_jax.errors import DataError
 
 _SWEEPING = threading.Lock()
+_RETRIES = 4  # of a download, 3 s in all; TFDS itself takes over three minutes to say that there is no network
 
 
 def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterator[Item]:
@@ -34,7 +37,7 @@ def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterat
     try:
         builder = open_builder(name, data_dir)
         if not builder.is_prepared():
-            with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; our stdout may be read by a program
+            with _patient_and_quiet(), contextlib.redirect_stdout(sys.stderr):  # TFDS prints; our stdout may be read by a program
                 builder.download_and_prepare(file_format="array_record")
         examples = builder.as_data_source(split)
     except NotImplementedError as error:
@@ -62,6 +65,22 @@ def open_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBui
             importlib.import_module(f"tensorflow_datasets.{room}")
     with _swept_temporary_folder():
         return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+
+
+@contextlib.contextmanager
+def _patient_and_quiet() -> Iterator[None]:
+    """Download with `_RETRIES`, each of them unmentioned: the error that ends them says what was wrong."""
+    loggers = [logging.getLogger(name) for name in ("urllib3", "absl")]
+    before = downloader.MAX_RETRIES, [logger.level for logger in loggers]
+    downloader.MAX_RETRIES = _RETRIES
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = before[0]
+        for logger, level in zip(loggers, before[1]):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_manifest_holds_counts_hashes_and_reasons(tmp_path):
     assert manifest == read_manifest(tmp_path / "out")
     assert (manifest.records, manifest.read, manifest.rejected) == (2, 6, 4)
     assert manifest.rejects == {"broken_json": 1, "empty_text": 1, "invalid_utf8": 1, "missing_field": 1}
-    assert manifest.dialects == {"flagembedding": 1, "sentence-transformers": 1}
+    assert manifest.dialects == {"query-pos": 1, "sentence-transformers": 1}
     assert manifest.dropped == {"negative_equals_positive": 1}
     (file,), (shard,) = manifest.files, manifest.shards
     assert file.sha256 == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest() and file.bytes == os.path.getsize(source)
@@ -86,10 +87,13 @@ def test_manifest_holds_counts_hashes_and_reasons(tmp_path):
 
 def test_too_many_rejects_fail_and_leave_the_reasons(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", texts(97) + [{"text": ""}] * 2 + [{"tekst": "x"}])
-    with pytest.raises(DataError, match="3 of the 100 .* 2 empty_text .* 1 missing_field") as caught:
+    with pytest.raises(DataError, match="3 of the 100 ") as caught:
         build_dataset(Dataset("d", "text", source, max_reject_rate=0.02), tmp_path / "out")
     kept = tmp_path / "out.rejects.jsonl"
-    assert str(kept) in str(caught.value) and len(kept.read_text().splitlines()) == 3
+    said = str(caught.value)
+    assert str(kept) in said and len(kept.read_text().splitlines()) == 3 and "--max-reject-rate" in said and "--field" in said
+    assert re.search(r"  2 empty_text: .*\n    first at .*a.jsonl:98: text is empty\n  1 missing_field: .*\n    first at .*a.jsonl:100: found tekst",
+                     said)
     assert not (tmp_path / "out").exists()
     assert build_dataset(Dataset("d", "text", source, max_reject_rate=0.03), tmp_path / "out").records == 97
     assert not kept.exists()
@@ -153,25 +157,30 @@ def test_built_once_until_something_changes(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", texts(3))
     dataset, out = Dataset("d", "text", source), tmp_path / "out"
 
+    said = []
+
     def inode():
         return os.stat(out).st_ino
 
-    build_dataset(dataset, out)
+    build_dataset(dataset, out, say=said.append)
     first = inode()
     build_dataset(dataset, out)
     os.utime(source)  # touched, but the same bytes
-    build_dataset(dataset, out)
-    assert inode() == first
+    build_dataset(dataset, out, say=said.append)
+    assert inode() == first and said == []
     build_dataset(dataset, out, force=True)
     assert (second := inode()) != first
     jsonl(tmp_path / "a.jsonl", texts(2) + [{"text": "text X"}])  # the same size
-    assert build_dataset(dataset, out).records == 3
+    assert build_dataset(dataset, out, say=said.append).records == 3
+    assert "has changed" in said.pop()
     assert (third := inode()) != second and built_texts(out)[-1] == "text X"
-    build_dataset(dataclasses.replace(dataset, limit=2), out)
+    build_dataset(dataclasses.replace(dataset, limit=2), out, say=said.append)
+    assert "the 3 text records" in said.pop()
     assert (fourth := inode()) != third
     (shard,) = read_manifest(out).shards
     (out / shard.file).write_bytes(b"cut")
-    build_dataset(dataclasses.replace(dataset, limit=2), out)
+    build_dataset(dataclasses.replace(dataset, limit=2), out, say=said.append)
+    assert "is truncated" in (last := said.pop()) and last.endswith("building it again from its source") and not said
     assert inode() != fourth and built_texts(out) == ["text 0", "text 1"]
 
 
@@ -179,7 +188,9 @@ def test_a_built_dataset_outlives_its_source(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", texts(3))
     manifest = build_dataset(Dataset("d", "text", source), tmp_path / "out")
     os.unlink(source)
-    assert build_dataset(Dataset("d", "text", source), tmp_path / "out") == manifest
+    said = []
+    assert build_dataset(Dataset("d", "text", source), tmp_path / "out", say=said.append) == manifest
+    assert "no file matches" in said[0] and "already built" in said[0]
     with pytest.raises(DataError, match="no file matches"):
         build_dataset(Dataset("d", "text", source), tmp_path / "out", force=True)
     assert built_texts(tmp_path / "out") == ["text 0", "text 1", "text 2"]

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,3 +199,19 @@ def test_progress_is_shown_only_for_work_done(run):
     prepare(run, console=Console(file=second, width=120))
     assert "packing docs for pretrain" in first.getvalue() and "tokenizer" in first.getvalue() and "100%" in first.getvalue()
     assert second.getvalue() == ""
+
+
+def test_a_limited_dataset_shows_the_rate_of_what_was_read():
+    """A bar that jumps to its end would show the rate of the jump."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from conan_jax.data.prepare import _bar
+
+    with _bar(Console(file=(drawn := StringIO()), width=120, force_terminal=True), "dataset docs", "bytes") as advance:
+        for done in (0, 10, 20):
+            advance(done, 10**15)
+            time.sleep(0.15)
+    last = [line for line in drawn.getvalue().splitlines() if "100%" in line][-1]
+    assert int(re.search(r"([\d,]+) bytes/s", last)[1].replace(",", "")) < 10**5

@@ -23,7 +23,7 @@ ACCEPTED = [
     ("sft", {"instruction": "", "input": "x", "output": "o"}, {"instruction": "", "input": "x", "output": "o"}),
     ("sft", {"instruction": "i", "context": "x", "response": "o", "category": "c"}, {"instruction": "i", "input": "x", "output": "o"}),
     ("sft", {"prompt": "i", "completion": "o"}, {"instruction": "i", "input": "", "output": "o"}),
-    ("pair", {"query": "q", "pos": ["p", "p2"], "neg": ["n"]}, PAIR),
+    ("pair", {"query": "q", "pos": ["p"], "neg": ["n"]}, PAIR),
     ("pair", {"query": "q", "pos": "p", "prompt": "find"}, PAIR | {"instruction": "find"}),
     ("pair", {"query": "q", "positive_passages": [{"docid": "7", "title": "T", "text": "p"}]}, PAIR | {"pos": "T p"}),
     ("pair", {"query": "q", "positive": "p", "negative": "n"}, PAIR),
@@ -131,6 +131,11 @@ def test_pool_entries_that_are_not_negatives_are_left_out_and_counted():
     record, _, dropped = parse(raw, "retrieval")
     assert record == {"query": "q", "pos": ["p", "p2"], "neg": ["n1", "n2"], "scores": [6.0, 4.0], "instruction": ""}
     assert dropped == {"negative_equals_positive": 2, "negative_equals_query": 1, "repeated_negative": 1, "repeated_positive": 1}
+
+
+def test_a_pair_takes_the_first_positive_and_counts_the_others():
+    record, _, dropped = parse({"query": "q", "pos": ["p", "p2", "p3"]}, "pair")
+    assert record["pos"] == "p" and dropped == {"further_positive": 2}
 
 
 def test_fields_map_columns_and_dotted_paths():

@@ -192,8 +192,13 @@ def test_the_commands_train_describe_and_encode(tmp_path):
     assert trained.exit_code == 0, trained.output
     t = tok.Tokenizer.load(tmp_path / "t")
     assert t.sha256 in trained.output
+    other = run(app, ["train", str(tmp_path / "docs"), "--out", str(tmp_path / "t"), "--vocab-size", "401"])
+    assert f"replaces the tokenizer {t.sha256[:12]}" in other.output
+    same = run(app, ["train", str(tmp_path / "docs"), "--out", str(tmp_path / "t"), "--vocab-size", "401"])
+    assert "replaces" not in same.output
+    t = tok.Tokenizer.load(tmp_path / "t")
     described = json.loads(run(app, ["info", str(tmp_path / "t"), "--json"]).output)
-    assert (described["sha256"], described["vocab_size"], described["special_ids"]["eos"]) == (t.sha256, 400, 3)
+    assert (described["sha256"], described["vocab_size"], described["special_ids"]["eos"]) == (t.sha256, 401, 3)
     text = "read the \u2581 file"
     assert run(app, ["encode", str(tmp_path / "t"), text]).output.split() == list(map(str, t.encode(text)))
     assert run(app, ["encode", str(tmp_path / "t")], input="read".encode()).output.split() == list(map(str, t.encode("read")))
