@@ -6,15 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-METRICS = ("ndcg@10", "recall@10", "spearman", "accuracy")
-BASELINES = ("untrained", "bm25")
+from conan_jax.train.report import BASELINES, HEADLINES
 
 
 def results_table(summary: dict[str, Any]) -> Table:
     """A block of rows per evaluation, one per stage; the best figure of a trained stage in bold. Fits 80 columns."""
     stages = summary["evaluations"]
     names = list(dict.fromkeys(name for figures in stages.values() for name in figures))
-    metrics = [m for m in METRICS if any(m in found for figures in stages.values() for found in figures.values())]
+    metrics = [m for m in HEADLINES if any(m in found for figures in stages.values() for found in figures.values())]
     table = Table(title="Held-out figures after each stage", title_justify="left")
     table.add_column("evaluation", overflow="fold")
     table.add_column("stage", overflow="fold")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conan_jax.losses import LOSSES, cosent, find_loss, info_nce, matryoshka
+from conan_jax.losses import cosent, info_nce, matryoshka
 from conan_jax.losses.matryoshka import truncate
 
 B, D = 7, 6
@@ -93,11 +93,3 @@ def test_truncating_a_zero_vector_has_a_zero_gradient():
 def test_matryoshka_refuses_a_width_beyond_the_vectors(pairs):
     with pytest.raises(ValueError, match="9"):
         matryoshka(info_nce, {"queries": pairs[0], "positives": pairs[1]}, (9,))
-
-
-def test_losses_are_found_by_name_and_by_path():
-    assert find_loss("info_nce") is LOSSES["info_nce"]
-    assert find_loss("conan_jax.losses.cosent:cosent") is cosent
-    for name in ("infonce", "conan_jax.losses.cosent:nothing", "no_such_package:loss"):
-        with pytest.raises(ValueError, match=name.split(":")[0]):
-            find_loss(name)
