@@ -19,33 +19,34 @@ from conan_jax.model.kernels.launch import Walk
 from conan_jax.model.kernels.plan import Plan, Sizes
 
 
-def query_gradient(plan: Plan, operands: tuple[Array, ...], sizes: Sizes, interpret: bool) -> Float[Array, "B K G L C"]:
-    """dq in the dtype of q. `operands`: token rows, logsumexp (base 2), t [B K G L], do, q, k, v; `plan` runs over keys."""
-    walk, q = Walk(sizes, "q"), operands[4]
-    (dq,) = walk.call(_query_kernel, "soft_mask_attention_dq", plan, _operands(walk, operands),
-                      [(jax.ShapeDtypeStruct(q.shape, q.dtype), walk.queries(q.shape[-1]))],
-                      [(sizes.groups, q.shape[-1], sizes.block_q)], interpret)
-    return dq
+def query_gradient(
+    plan: Plan, tokens: Float[Array, "B 8 L"], q: Float[Array, "B K G L C"], k: Float[Array, "B K L C"], v: Float[Array, "B K L C"],
+    logsumexp: Float[Array, "B K G L"], out: Float[Array, "B K G L C"], d_out: Float[Array, "B K G L C"], sizes: Sizes, interpret: bool,
+) -> tuple[Float[Array, "B K G L C"], Float[Array, "B K G L"]]:
+    """dq in the dtype of q, and t in float32. `logsumexp` is in base-2 units; `plan` runs over keys."""
+    walk, queries = Walk(sizes, "q"), Walk(sizes, "q").queries(q.shape[-1])
+    operands = [*_operands(walk, tokens, q, k, v, d_out), (logsumexp, walk.query_rows()), (out, queries)]
+    results = [(jax.ShapeDtypeStruct(q.shape, q.dtype), queries), (jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32), walk.query_rows())]
+    return walk.call(_query_kernel, "soft_mask_attention_dq", plan, operands, results, [(sizes.groups, q.shape[-1], sizes.block_q)], interpret)
 
 
 def key_gradients(
-    plan: Plan, operands: tuple[Array, ...], sizes: Sizes, interpret: bool
+    plan: Plan, tokens: Float[Array, "B 8 L"], q: Float[Array, "B K G L C"], k: Float[Array, "B K L C"], v: Float[Array, "B K L C"],
+    logsumexp: Float[Array, "B K G L"], through: Float[Array, "B K G L"], d_out: Float[Array, "B K G L C"], sizes: Sizes, interpret: bool,
 ) -> tuple[Float[Array, "B K L C"], Float[Array, "B K L C"]]:
-    """dk and dv in the dtypes of k and v. Operands as for `query_gradient`; `plan` runs over queries."""
-    walk, (k, v) = Walk(sizes, "k"), operands[5:]
-    return walk.call(_key_kernel, "soft_mask_attention_dkv", plan, _operands(walk, operands),
-                     [(jax.ShapeDtypeStruct(x.shape, x.dtype), walk.keys(x.shape[-1])) for x in (k, v)],
-                     [(sizes.block_k, x.shape[-1]) for x in (k, v)], interpret)
+    """dk and dv in the dtypes of k and v; `through` is t, `plan` runs over queries."""
+    walk = Walk(sizes, "k")
+    operands = [*_operands(walk, tokens, q, k, v, d_out), (logsumexp, walk.query_rows()), (through, walk.query_rows())]
+    results = [(jax.ShapeDtypeStruct(x.shape, x.dtype), walk.keys(x.shape[-1])) for x in (k, v)]
+    return walk.call(_key_kernel, "soft_mask_attention_dkv", plan, operands, results, [(sizes.block_k, q.shape[-1])] * 2, interpret)
 
 
-def _operands(walk: Walk, operands: tuple[Array, ...]) -> list[tuple[Array, pl.BlockSpec]]:
-    tokens, logsumexp, through, d_out, q, k, v = operands
-    C = q.shape[-1]
-    return [(tokens, walk.tokens("q")), (tokens, walk.tokens("k")), (logsumexp, walk.query_rows()), (through, walk.query_rows()),
-            (d_out, walk.queries(C)), (q, walk.queries(C)), (k, walk.keys(C)), (v, walk.keys(C))]
+def _operands(walk: Walk, tokens: Array, q: Array, k: Array, v: Array, d_out: Array) -> list[tuple[Array, pl.BlockSpec]]:
+    queries, keys = walk.queries(q.shape[-1]), walk.keys(q.shape[-1])
+    return [(tokens, walk.tokens("q")), (tokens, walk.tokens("k")), (q, queries), (k, keys), (v, keys), (d_out, queries)]
 
 
-def _block_gradients(g: int, logsumexp, through, d_out, q, keys, values, sizes: Sizes, masking: Masking) -> tuple[Array, Array]:
+def _block_gradients(g: int, q, keys, values, d_out, logsumexp, through, sizes: Sizes, masking: Masking) -> tuple[Array, Array]:
     """p and ds of query head g, both [block_k, block_q] float32; the factor `scale` of ds is left to the end."""
     s, factor = scores(keys, q[g], sizes, masking)
     p = jnp.exp2(s - logsumexp[g : g + 1])
@@ -53,7 +54,7 @@ def _block_gradients(g: int, logsumexp, through, d_out, q, keys, values, sizes: 
     return p, ds if factor is None else ds * factor
 
 
-def _query_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, logsumexp, through, d_out, q, k, v, dq, sum_q) -> None:
+def _query_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, q, k, v, d_out, logsumexp, out, dq, through, sum_q) -> None:
     sizes, step = walk.sizes, pl.program_id(3)
     batch, i, j, visited = walk.here(plan)
     last = pl.num_programs(3) - 1
@@ -61,11 +62,14 @@ def _query_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, logsumexp, through
     @pl.when(step == 0)
     def _():
         sum_q[...] = jnp.zeros_like(sum_q)
+        for g in range(sizes.groups):
+            product = d_out[g].astype(jnp.float32) * out[g].astype(jnp.float32)
+            through[g : g + 1] = product.T.sum(axis=0, keepdims=True)
 
     def visit(masking: Masking) -> None:
         keys, values = k[...], v[...]
         for g in range(sizes.groups):
-            _, ds = _block_gradients(g, logsumexp, through, d_out, q, keys, values, sizes, masking)
+            _, ds = _block_gradients(g, q, keys, values, d_out, logsumexp, through, sizes, masking)
             sum_q[g] += dot(keys, ds.astype(keys.dtype), TN)
 
     visit_block(visit, visited, batch, i, j, tokens_q, tokens_k, plan, sizes)
@@ -76,7 +80,7 @@ def _query_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, logsumexp, through
             dq[g] = (sum_q[g] * sizes.scale).T.astype(dq.dtype)
 
 
-def _key_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, logsumexp, through, d_out, q, k, v, dk, dv, sum_k, sum_v) -> None:
+def _key_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, q, k, v, d_out, logsumexp, through, dk, dv, sum_k, sum_v) -> None:
     sizes, step = walk.sizes, pl.program_id(3)
     batch, i, j, visited = walk.here(plan)
     last = pl.num_programs(3) - 1
@@ -89,7 +93,7 @@ def _key_kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, logsumexp, through, 
     def visit(masking: Masking) -> None:
         keys, values = k[...], v[...]
         for g in range(sizes.groups):
-            p, ds = _block_gradients(g, logsumexp, through, d_out, q, keys, values, sizes, masking)
+            p, ds = _block_gradients(g, q, keys, values, d_out, logsumexp, through, sizes, masking)
             sum_v[...] += dot(p.astype(d_out.dtype), d_out[g], NN)
             sum_k[...] += dot(ds.astype(q.dtype), q[g], NN)
 

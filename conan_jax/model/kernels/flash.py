@@ -20,6 +20,7 @@ from conan_jax.model.blockwise import SAVED
 from conan_jax.model.kernels.backward import key_gradients, query_gradient
 from conan_jax.model.kernels.forward import forward
 from conan_jax.model.kernels.plan import Sizes, make_plan, token_rows
+from conan_jax.model.kernels.sharded import by_device
 from conan_jax.model.layout import Layout
 from conan_jax.model.ranges import key_ranges, query_ranges
 from conan_jax.model.softmask import Mask
@@ -44,7 +45,8 @@ def flash_attention(
 
     Float32 scores, softmax and accumulators; the result has the dtype of `v`. Padding rows give zeros and zero gradients,
     alpha gets none. Blocks that the mask, padding or packing make zero are neither computed nor fetched, and a block inside
-    one segment where M is 1 is computed without a mask. Memory grows with L: nothing of size L x L exists.
+    one segment where M is 1 is computed without a mask. Memory grows with L: nothing of size L x L exists. On a mesh each
+    device works on its own rows and heads.
 
     Args:
         q, k, v: bfloat16 or float32, alike; H a multiple of K. Any L, any C.
@@ -71,24 +73,37 @@ def _flash(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, block_q: in
     return _forward(q, k, v, mask, layout, block_q, block_k, interpret)[0]
 
 
+# The gradient is taken around `by_device`, not through it: the transpose of `shard_map` would sum what every device has whole.
+_INPUTS = ("tokens by heads",) * 3 + ("shared", "tokens")
+
+
 def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, block_q: int, block_k: int, interpret: bool) -> tuple[Array, tuple]:
-    sizes, layout_ = _sizes(q, k, mask, block_q, block_k), _padded_layout(layout, block_q, block_k)
-    plan = make_plan(key_ranges(layout_, mask, block_q, block_k), mask, layout_, sizes)
-    out, logsumexp = forward(plan, token_rows(mask, layout_), _queries(q, sizes), _keys(k, sizes), _keys(v, sizes), sizes, interpret)
-    out, logsumexp = checkpoint_name(_from_queries(out, q.shape), SAVED), checkpoint_name(logsumexp, SAVED)
+    def local(q: Array, k: Array, v: Array, mask: Mask, layout: Layout) -> tuple[Array, Array]:
+        sizes, layout = _sizes(q, k, mask, block_q, block_k), _padded_layout(layout, block_q, block_k)
+        plan = make_plan(key_ranges(layout, mask, block_q, block_k), mask, layout, sizes)
+        out, logsumexp = forward(plan, token_rows(mask, layout), _queries(q, sizes), _keys(k, sizes), _keys(v, sizes), sizes, interpret)
+        return _from_queries(out, q.shape), logsumexp
+
+    attend = by_device(local, q.shape[0], k.shape[2], _INPUTS, ("tokens by heads", "heads by tokens"))
+    out, logsumexp = attend(q, k, v, mask, layout)
+    out, logsumexp = checkpoint_name(out, SAVED), checkpoint_name(logsumexp, SAVED)
     return out, (q, k, v, mask, layout, out, logsumexp)
 
 
 def _backward(block_q: int, block_k: int, interpret: bool, saved: tuple, d_out: Array) -> tuple:
-    q, k, v, mask, layout, out, logsumexp = saved
-    sizes, layout_ = _sizes(q, k, mask, block_q, block_k), _padded_layout(layout, block_q, block_k)
-    d_out = jnp.where(layout.real[:, :, None, None], d_out, 0)
-    through = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    through = _queries(through, sizes, lanes=1)[..., 0]
-    operands = (token_rows(mask, layout_), logsumexp, through, _queries(d_out, sizes), _queries(q, sizes), _keys(k, sizes), _keys(v, sizes))
-    dq = query_gradient(make_plan(key_ranges(layout_, mask, block_q, block_k), mask, layout_, sizes), operands, sizes, interpret)
-    dk, dv = key_gradients(make_plan(query_ranges(layout_, mask, block_q, block_k), mask, layout_, sizes), operands, sizes, interpret)
-    return _from_queries(dq, q.shape), _from_keys(dk, k.shape), _from_keys(dv, v.shape), None, None
+    def local(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, out: Array, logsumexp: Array, d_out: Array) -> tuple[Array, ...]:
+        sizes, layout = _sizes(q, k, mask, block_q, block_k), _padded_layout(layout, block_q, block_k)
+        saw = make_plan(key_ranges(layout, mask, block_q, block_k), mask, layout, sizes)
+        seen = make_plan(query_ranges(layout, mask, block_q, block_k), mask, layout, sizes)
+        d_out = jnp.where(layout.real[:, None, None, :, None], _queries(d_out, sizes), 0)
+        tokens, inputs = token_rows(mask, layout), (_queries(q, sizes), _keys(k, sizes), _keys(v, sizes))
+        dq, through = query_gradient(saw, tokens, *inputs, logsumexp, _queries(out, sizes), d_out, sizes, interpret)
+        dk, dv = key_gradients(seen, tokens, *inputs, logsumexp, through, d_out, sizes, interpret)
+        return _from_queries(dq, q.shape), _from_keys(dk, k.shape), _from_keys(dv, v.shape)
+
+    q, k = saved[:2]
+    differentiate = by_device(local, q.shape[0], k.shape[2], _INPUTS + ("tokens by heads", "heads by tokens", "tokens by heads"), _INPUTS[:3])
+    return *differentiate(*saved, d_out), None, None
 
 
 _flash.defvjp(_forward, _backward)
@@ -108,11 +123,11 @@ def _padded_layout(layout: Layout, block_q: int, block_k: int) -> Layout:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, _up(L, lcm(block_q, block_k)) - L))), layout)
 
 
-def _queries(x: Float[Array, "B l H c"], sizes: Sizes, lanes: int = LANES) -> Float[Array, "B K G L C"]:
-    """Heads of a group together, tokens padded to whole blocks, the last axis to whole `lanes`."""
+def _queries(x: Float[Array, "B l H c"], sizes: Sizes) -> Float[Array, "B K G L C"]:
+    """Heads of a group together, tokens padded to whole blocks, channels to whole lanes."""
     B, l, H, c = x.shape
     x = x.reshape(B, l, -1, sizes.groups, c).transpose(0, 2, 3, 1, 4)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sizes.n_q * sizes.block_q - l), (0, _up(c, lanes) - c)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sizes.n_q * sizes.block_q - l), (0, _up(c, LANES) - c)))
 
 
 def _keys(x: Float[Array, "B l K c"], sizes: Sizes) -> Float[Array, "B K L C"]:

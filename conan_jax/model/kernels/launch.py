@@ -65,7 +65,7 @@ class Walk:
         """Run `kernel(walk, plan, *operands, *results, *scratch)`; scratch is float32 and lives through an outer block."""
         arrays, in_specs = zip(*operands)
         shapes, out_specs = zip(*results)
-        B, K = arrays[-1].shape[:2]
+        B, K = shapes[0].shape[:2]
         steps = jnp.maximum(jnp.max(plan.end - plan.first), 1)  # one at least: an outer block ends with its last step
         grid = (B, K, self.sizes.n_q if self.outer == "q" else self.sizes.n_k, steps)
         body = partial(_split, kernel, self)
