@@ -1,8 +1,8 @@
 """Flash attention on a TPU under every mask object: the function around the kernels, and its gradient.
 
 Inside, the query heads that share a key/value head stand together, [B, K, G, L, C], so that a block of keys is fetched and
-a block of the mask computed once for all of them. L is padded to whole blocks and C to whole lanes with zeros, which
-changes nothing: the scale stays that of the true head_dim.
+a block of the mask computed once for all of them. L is padded to whole blocks; a head_dim that does not fill the lanes
+(112 of 128) stays as it is, for memory holds it padded anyway and the compiler zeroes the rest inside products.
 """
 
 from __future__ import annotations
@@ -124,24 +124,23 @@ def _padded_layout(layout: Layout, block_q: int, block_k: int) -> Layout:
 
 
 def _queries(x: Float[Array, "B l H c"], sizes: Sizes) -> Float[Array, "B K G L C"]:
-    """Heads of a group together, tokens padded to whole blocks, channels to whole lanes."""
-    B, l, H, c = x.shape
+    """Heads of a group together, tokens padded to whole blocks."""
+    B, l, _, c = x.shape
     x = x.reshape(B, l, -1, sizes.groups, c).transpose(0, 2, 3, 1, 4)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sizes.n_q * sizes.block_q - l), (0, _up(c, LANES) - c)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, sizes.n_q * sizes.block_q - l), (0, 0)))
 
 
 def _keys(x: Float[Array, "B l K c"], sizes: Sizes) -> Float[Array, "B K L C"]:
-    _, l, _, c = x.shape
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, sizes.n_k * sizes.block_k - l), (0, _up(c, LANES) - c)))
+    l = x.shape[1]
+    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, sizes.n_k * sizes.block_k - l), (0, 0)))
 
 
 def _from_queries(x: Float[Array, "B K G L C"], shape: tuple[int, ...]) -> Float[Array, "B l H c"]:
-    B, l, H, c = shape
-    return x[:, :, :, :l, :c].transpose(0, 3, 1, 2, 4).reshape(shape)
+    return x[:, :, :, : shape[1]].transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
 def _from_keys(x: Float[Array, "B K L C"], shape: tuple[int, ...]) -> Float[Array, "B l K c"]:
-    return x[:, :, : shape[1], : shape[3]].swapaxes(1, 2)
+    return x[:, :, : shape[1]].swapaxes(1, 2)
 
 
 def _up(n: int, multiple: int) -> int:
