@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from conan_jax import config, sharding
 from conan_jax.errors import ConfigError
 from conan_jax.stages.base import Stage
 from conan_jax.train import optimizer, state
 from conan_jax.train.step import make_train_step
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The chips of a TPU pod that is not here, to compile for: "v5e:16x16" has 256. They hold no arrays.
+
+    Needs libtpu and asks no TPU: `TPU_SKIP_MDS_QUERY=1` and, beside other programs that hold it, `ALLOW_MULTIPLE_LIBTPU_LOAD=1`
+    in the environment keep it from looking for one.
+
+    Raises:
+        ConfigError: libtpu is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'jax[tpu]=={jax.__version__}' (1.3 GB, "
+                          "best in an environment of its own; `make test-tpu` makes one)")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"no TPU topology {name!r} (there are v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 and others): {error}") from error
 
 
 def lower_step(
