@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from conan_jax.errors import ConfigError
 from conan_jax.model.layout import Layout
 from conan_jax.model.ranges import all_ones, key_ranges
 from conan_jax.model.softmask import MASKED, Mask, log_weights
@@ -56,9 +58,17 @@ def blockwise_attention(
 
     Any L: rows are padded to whole blocks inside. Float32 scores, softmax and accumulators; alpha gets no gradient. Padding
     rows give zeros and zero gradients. Saved for the backward pass, besides the arguments: the output and one float32 a
-    query and head. K/V blocks of [B, K, C, block_size] collect their gradients, so these accumulators have the size of k.
+    query and head.
+
+    Raises:
+        ConfigError: `block_size` below 1.
     """
-    return _attend(q, k, v, mask, layout, min(block_size, q.shape[1]))
+    L = q.shape[1]
+    if block_size < 1:
+        raise ConfigError(f"attention in blocks needs blocks of at least 1 token, got block_size {block_size}")
+    # Blocks of equal size: 600 tokens in blocks of 512 are two of 320, not one and a mostly empty one.
+    step, even = gcd(block_size, 64), -(-L // -(-L // block_size))
+    return _attend(q, k, v, mask, layout, min(-(-even // step) * step, L))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
