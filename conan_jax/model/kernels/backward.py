@@ -27,7 +27,8 @@ def query_gradient(
     walk, queries = Walk(sizes, "q"), Walk(sizes, "q").queries(q.shape[-1])
     operands = [*_operands(walk, tokens, q, k, v, d_out), (logsumexp, walk.query_rows()), (out, queries)]
     results = [(jax.ShapeDtypeStruct(q.shape, q.dtype), queries), (jax.ShapeDtypeStruct(logsumexp.shape, jnp.float32), walk.query_rows())]
-    return walk.call(_query_kernel, "soft_mask_attention_dq", plan, operands, results, [(sizes.groups, q.shape[-1], sizes.block_q)], interpret)
+    C = q.shape[-1]
+    return walk.call(_query_kernel, "soft_mask_attention_dq", plan, operands, results, [(sizes.groups, C, sizes.block_q)], 3 * C, interpret)
 
 
 def key_gradients(
@@ -38,7 +39,8 @@ def key_gradients(
     walk = Walk(sizes, "k")
     operands = [*_operands(walk, tokens, q, k, v, d_out), (logsumexp, walk.query_rows()), (through, walk.query_rows())]
     results = [(jax.ShapeDtypeStruct(x.shape, x.dtype), walk.keys(x.shape[-1])) for x in (k, v)]
-    return walk.call(_key_kernel, "soft_mask_attention_dkv", plan, operands, results, [(sizes.block_k, q.shape[-1])] * 2, interpret)
+    C = q.shape[-1]
+    return walk.call(_key_kernel, "soft_mask_attention_dkv", plan, operands, results, [(sizes.block_k, C)] * 2, 4 * C, interpret)
 
 
 def _operands(walk: Walk, tokens: Array, q: Array, k: Array, v: Array, d_out: Array) -> list[tuple[Array, pl.BlockSpec]]:

@@ -19,14 +19,13 @@ from conan_jax.errors import ConfigError
 from conan_jax.model.blockwise import SAVED
 from conan_jax.model.kernels.backward import key_gradients, query_gradient
 from conan_jax.model.kernels.forward import forward
-from conan_jax.model.kernels.plan import Sizes, make_plan, token_rows
+from conan_jax.model.kernels.plan import QUERY_ROWS, Sizes, make_plan, token_rows
 from conan_jax.model.kernels.sharded import by_device
 from conan_jax.model.layout import Layout
 from conan_jax.model.ranges import key_ranges, query_ranges
 from conan_jax.model.softmask import Mask
 
 LANES = 128
-QUERY_ROWS = 2048  # query rows (tokens x heads of a group) a block: with them every kernel stays in 16 MiB of vector memory
 BLOCK = 512
 
 
@@ -101,8 +100,8 @@ def _backward(block_q: int, block_k: int, interpret: bool, saved: tuple, d_out: 
         dk, dv = key_gradients(seen, tokens, *inputs, logsumexp, through, d_out, sizes, interpret)
         return _from_queries(dq, q.shape), _from_keys(dk, k.shape), _from_keys(dv, v.shape)
 
-    q, k = saved[:2]
-    differentiate = by_device(local, q.shape[0], k.shape[2], _INPUTS + ("tokens by heads", "heads by tokens", "tokens by heads"), _INPUTS[:3])
+    (q, k), operands = saved[:2], _INPUTS + ("tokens by heads", "heads by tokens", "tokens by heads")
+    differentiate = by_device(local, q.shape[0], k.shape[2], operands, _INPUTS[:3])
     return *differentiate(*saved, d_out), None, None
 
 
@@ -114,8 +113,9 @@ def _query_block(groups: int) -> int:
 
 
 def _sizes(q: Array, k: Array, mask: Mask, block_q: int, block_k: int) -> Sizes:
-    length = _up(q.shape[1], lcm(block_q, block_k))
-    return Sizes(block_q, block_k, length // block_q, length // block_k, q.shape[2] // k.shape[2], q.shape[3] ** -0.5, mask.apply, mask.index)
+    (_, L, H, C), K = q.shape, k.shape[2]
+    L = _up(L, lcm(block_q, block_k))
+    return Sizes(block_q, block_k, L // block_q, L // block_k, H // K, C**-0.5, mask.apply, mask.index)
 
 
 def _padded_layout(layout: Layout, block_q: int, block_k: int) -> Layout:

@@ -23,7 +23,7 @@ def forward(
         _kernel, "soft_mask_attention_forward", plan,
         [(tokens, walk.tokens("q")), (tokens, walk.tokens("k")), (q, walk.queries(C)), (k, walk.keys(C)), (v, walk.keys(C))],
         [(jax.ShapeDtypeStruct(q.shape, v.dtype), walk.queries(C)), (jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32), walk.query_rows())],
-        [(sizes.groups, sizes.block_q), (sizes.groups, sizes.block_q), (sizes.groups, C, sizes.block_q)], interpret)
+        [(sizes.groups, sizes.block_q), (sizes.groups, sizes.block_q), (sizes.groups, C, sizes.block_q)], 2 * C, interpret)
 
 
 def _kernel(walk: Walk, plan: Plan, tokens_q, tokens_k, q, k, v, o, logsumexp, top, total, out) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from conan_jax.model.kernels.plan import ROWS, Plan, Sizes
+from conan_jax.model.kernels.plan import QUERY_ROWS, ROWS, Plan, Sizes
 
 
 class Walk:
@@ -60,13 +60,22 @@ class Walk:
 
     def call(
         self, kernel: Callable, name: str, plan: Plan, operands: Sequence[tuple[jax.Array, pl.BlockSpec]],
-        results: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: Sequence[tuple[int, ...]], interpret: bool,
+        results: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: Sequence[tuple[int, ...]], multiply_adds: int,
+        interpret: bool,
     ) -> tuple[jax.Array, ...]:
-        """Run `kernel(walk, plan, *operands, *results, *scratch)`; scratch is float32 and lives through an outer block."""
+        """Run `kernel(walk, plan, *operands, *results, *scratch)`; scratch is float32 and lives through an outer block.
+
+        `multiply_adds` are those of a query, a key and a head; from them the compiler knows what can hide behind the kernel.
+        """
         arrays, in_specs = zip(*operands)
         shapes, out_specs = zip(*results)
         B, K = shapes[0].shape[:2]
         steps = jnp.maximum(jnp.max(plan.end - plan.first), 1)  # one at least: an outer block ends with its last step
+        pairs = B * K * self.sizes.groups * self.sizes.n_q * self.sizes.block_q * self.sizes.n_k * self.sizes.block_k
+        whole = pl.CostEstimate(flops=2 * multiply_adds * pairs, transcendentals=pairs,
+                                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)))
+        # A block is 128 queries at least. With more than 16 heads a group it outgrows what a kernel may take unasked.
+        limit = 2**24 * -(-self.sizes.groups * self.sizes.block_q // QUERY_ROWS)
         grid = (B, K, self.sizes.n_q if self.outer == "q" else self.sizes.n_k, steps)
         body = partial(_split, kernel, self)
         return pl.pallas_call(
@@ -75,7 +84,9 @@ class Walk:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(plan), grid=grid, in_specs=in_specs, out_specs=out_specs,
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch]),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+                                                 vmem_limit_bytes=limit if limit > 2**24 else None),
+            cost_estimate=whole,
             interpret=interpret,
             name=name,
         )(*plan, *arrays)

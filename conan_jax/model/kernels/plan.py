@@ -17,6 +17,7 @@ from conan_jax.model.ranges import Ranges
 from conan_jax.model.softmask import Mask, log_weights
 
 LOG2E = 1.4426950408889634  # the kernels work in powers of two, which is what the hardware computes
+QUERY_ROWS = 2048  # query rows (tokens x heads of a group) a block: float32 kernels then stay in 16 MiB of vector memory
 ROWS = 8  # rows of `token_rows`: a whole tile of 32-bit numbers, of which three are used
 
 
