@@ -124,7 +124,7 @@ def test_a_block_of_one_segment_under_ones_is_computed_without_a_mask(monkeypatc
     layout = layout_of([[1] * 24, [1] * 16 + [0] * 8, [1] * 8 + [2] * 16])
     out = run(q, k, v, SoftMask(jnp.float32(1)), layout)
     np.testing.assert_allclose(out, dense_attention(q, k, v, Bidirectional(), layout), atol=2e-5)
-    # alpha * 24 / j reaches 1 at j = 16 for alpha = 2/3 and the last key block is below the diagonal for no other query block
+    # M is below 1 from key 17 on, and every query sees the last block of keys, which is below the diagonal of none
     assert not np.isfinite(np.asarray(run(q, k, v, SoftMask(jnp.float32(2 / 3)), layout))[0]).any()
 
 
