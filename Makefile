@@ -3,21 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TPU_VENV ?= .venv-tpu
+TPU_STAMP := $(TPU_VENV)/.installed
+JAX := $(shell sed -n 's/^jax==//p' requirements.txt)
+# What times or weighs something wherever it runs; tpu_compile needs the environment of test-tpu.
+BENCHMARKS := $(filter-out %/timing.py %/tpu_compile.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-demo bench clean
+.PHONY: help env demo test test-demo test-tpu bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## make .venv with every pinned package and the `conan` command
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): MORE :=
+$(TPU_STAMP): MORE := "jax[tpu]==$(JAX)"
+$(STAMP) $(TPU_STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "conan_jax needs Python >= 3.11, found " + sys.version.split()[0] + "; name another one with PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
-	@touch $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt $(MORE)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -e .
+	@touch $@
 
 demo: $(STAMP)  ## train an embedder from scratch on your packages' documentation, then search it
 	$(BIN)/conan demo
@@ -28,8 +35,12 @@ test: $(STAMP)  ## the test suite
 test-demo: $(STAMP)  ## the demo from nothing, twice: its figures must reach their bars and repeat
 	$(BIN)/python tests/demo_acceptance.py
 
-bench: $(STAMP)  ## all benchmarks, as JSON lines
-	@for file in benchmarks/*.py; do $(BIN)/python $$file --json || exit 1; done
+test-tpu: $(TPU_STAMP)  ## kernels and full-size steps compiled for TPU pods, without a TPU (1.3 GB of libtpu)
+	$(TPU_VENV)/bin/python -m pytest -rs tests/tpu
+	$(TPU_VENV)/bin/python benchmarks/tpu_compile.py --check
 
-clean:  ## remove the environment and every run
-	rm -rf $(VENV) runs build *.egg-info
+bench: $(STAMP)  ## all benchmarks, as JSON lines
+	@for file in $(BENCHMARKS); do $(BIN)/python $$file --json || exit 1; done
+
+clean:  ## remove the environments and every run
+	rm -rf $(VENV) $(TPU_VENV) runs build *.egg-info

@@ -3,18 +3,14 @@
     python benchmarks/model_step.py [--rounds N] [--json]
 
 The step is InfoNCE forward and backward on 64 texts of 128 tokens (4 layers x 256, 8/2 heads, FFN 768, V 8192, float32).
-Variants run in turn, round by round, and every figure is the median of the ratios of neighbours in time: a machine that
-drifts moves both sides of a ratio. `bar` is the least value that supports the choice made in the code.
+Variants run in turn, round by round, and every ratio is the median over rounds. A bar is the value that supports the choice
+made in the code.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import conan_jax  # sets the allocator before jax starts  # noqa: F401
 
@@ -26,6 +22,8 @@ from conan_jax.config import Model
 from conan_jax.model import Embedder, Layout, SoftMask, attention
 from conan_jax.model.layers import RMSNorm, rope_tables
 from conan_jax.model.transformer import Block, l2_normalise
+
+from timing import Figure, at_least, parser, plain, ratio, seconds, show, temporary_bytes
 
 TEXTS, LENGTH = 64, 128
 BASE = Model(vocab_size=8192, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=8, num_kv_heads=2, max_length=2048,
@@ -71,55 +69,32 @@ def attention_step(implementation: str, length: int, alpha: float = 0.3) -> tupl
 
     args = ((q, k, v), jnp.float32(alpha))
     compiled = jax.jit(jax.value_and_grad(total)).lower(*args).compile()
-    return lambda: compiled(*args), compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return lambda: compiled(*args), temporary_bytes(compiled) / 2**20
 
 
-def seconds(steps: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, the steps taking turns; a first round warms up and is not kept."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step())
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], slower: str, faster: str) -> float:
-    """Median over rounds of time(slower) / time(faster)."""
-    return statistics.median(a / b for a, b in zip(times[slower], times[faster]))
-
-
-def measure(rounds: int) -> list[dict]:
-    """All figures, as `{"name", "value", "unit", "bar", "holds"}`."""
+def measure(rounds: int) -> Iterator[Figure]:
+    """All figures; a bar is the value that supports the choice made in the code."""
     variants = {"2d": {}, "scan": {"scan_layers": True}, "blockwise": {"attention": "blockwise"}}
     steps = {name: contrastive_step(Embedder(dataclasses.replace(BASE, **changes)).embed) for name, changes in variants.items()}
     steps["3d"] = contrastive_step(three_dimensional)
     times = seconds(steps, rounds)
     # Three dimensions and the scan are what a CPU configuration does not choose; within one block the two attentions are equals.
-    figures = [("step, 2-D activations, unrolled", min(times["2d"]), "s", None),
-               ("time of [B, L, D] activations over 2-D", ratio(times, "3d", "2d"), "x", 1.0),
-               ("time of scanned over unrolled layers", ratio(times, "scan", "2d"), "x", 1.0),
-               ("time of blockwise over dense attention in the step, L=128", ratio(times, "blockwise", "2d"), "x", None)]
+    yield plain("step, 2-D activations, unrolled", min(times["2d"]), "s")
+    yield at_least(1.0, "time of [B, L, D] activations over 2-D", ratio(times, "3d", "2d"), "x")
+    yield at_least(1.0, "time of scanned over unrolled layers", ratio(times, "scan", "2d"), "x")
+    yield plain("time of blockwise over dense attention in the step, L=128", ratio(times, "blockwise", "2d"), "x")
     dense, dense_mib = attention_step("dense", 2048)
     blocks, blocks_mib = attention_step("blockwise", 2048)
     causal, _ = attention_step("blockwise", 2048, alpha=0.0)
     times = seconds({"dense": dense, "blockwise": blocks, "causal": causal}, rounds)
-    figures += [("time of dense over blockwise attention, L=2048", ratio(times, "dense", "blockwise"), "x", 1.0),
-                ("memory of dense over blockwise attention, L=2048", dense_mib / blocks_mib, "x", 10.0),
-                ("time of alpha=0.3 over alpha=0 in blockwise attention, L=2048", ratio(times, "blockwise", "causal"), "x", 1.0)]
-    return [{"name": n, "value": round(v, 4), "unit": u, "bar": bar, "holds": bar is None or v >= bar} for n, v, u, bar in figures]
+    yield at_least(1.0, "time of dense over blockwise attention, L=2048", ratio(times, "dense", "blockwise"), "x")
+    yield at_least(10.0, "memory of dense over blockwise attention, L=2048", dense_mib / blocks_mib, "x")
+    yield at_least(1.0, "time of alpha=0.3 over alpha=0 in blockwise attention, L=2048", ratio(times, "blockwise", "causal"), "x")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="rounds of interleaved steps (default 10)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    arguments = parser.parse_args()
-    for figure in measure(arguments.rounds):
-        bar = "" if figure["bar"] is None else f"   (bar {figure['bar']}: {'holds' if figure['holds'] else 'MISSED'})"
-        print(json.dumps(figure) if arguments.json else f"{figure['value']:10.3f} {figure['unit']:2} {figure['name']}{bar}")
+    arguments = parser(__doc__, rounds=10).parse_args()
+    show(measure(arguments.rounds), arguments.json)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Model:
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # parameters are always float32
     scan_layers: bool = True  # one compiled layer body (TPU); False unrolls (17-20 % faster on CPU)
     remat: Literal["none", "dots", "full"] = "full"
-    attention: Literal["auto", "dense", "blockwise"] = "auto"
-    attention_block_size: int = 512
+    attention: Literal["auto", "dense", "blockwise", "pallas_tpu"] = "auto"
+    attention_block_size: int = 512  # tokens a side, of "blockwise"; off a TPU, "auto" is dense up to one block
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",

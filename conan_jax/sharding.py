@@ -125,6 +125,13 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_parts(rows: int) -> int:
+    """Parts the rows of a batch are split into by the current mesh; 1 without a mesh, or where it does not divide them."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    parts = math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+    return parts if rows % parts == 0 else 1
+
+
 def global_batch(local: Any, mesh: jax.sharding.Mesh) -> Any:
     """Device arrays of the global batch from this host's slice of it (a tree of NumPy arrays, leading axis = examples).
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINNED = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-OURS = {"conan_jax", "tests", "benchmarks", "configs"}
+OURS = {"conan_jax", "tests", "benchmarks", "configs"} | {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
 
 
 def normal(requirement: str) -> str:

@@ -7,11 +7,18 @@ the backward pass only scales what the forward pass left, so logits are neither 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from conan_jax.losses.words import Words, words_on_mesh
+
+WORDS_AT_ONCE = 4096  # of the table's gradient, on a CPU
 
 
 def chunked_cross_entropy(
@@ -32,17 +39,18 @@ def chunked_cross_entropy(
         weights: float32, 0 where a token is no target.
         chunk_size: tokens of one group whose logits exist at one time.
         z_loss: coefficient of the squared log-normaliser, in nats.
-        groups: devices the tokens are spread over, in contiguous blocks. Every group sums its own gradient of E, so
-            the devices exchange it once after the loop and not once a chunk. Must divide T.
+        groups: parts the tokens lie in, contiguous, one a device: as many as the current mesh and its logical axis rules
+            split `tokens` into, or 1 when every device holds all of them. Must divide T.
 
     Returns:
         (loss_sum, weight_sum), float32 scalars; divide for the mean. Differentiable in hidden, embedding and weights.
-        No array of T * V elements exists in either pass, and gradients are formed only when asked for.
+        No array of T * V elements exists in either pass, and gradients are formed only when asked for. Under a mesh a
+        device holds logits of its own words only (`words.Words`), and no array of them is exchanged.
 
     Raises:
-        ValueError: `groups` does not divide T, or `chunk_size` is not positive.
+        ValueError: `groups` does not divide T or is not what the mesh makes, or `chunk_size` is not positive.
     """
-    if hidden.shape[0] % groups or chunk_size < 1:
+    if groups < 1 or hidden.shape[0] % groups or chunk_size < 1:
         tokens = hidden.shape[0]
         raise ValueError(f"{tokens} tokens need a chunk_size above 0, got {chunk_size}, and groups that divide them, got {groups}")
     weights = weights.astype(jnp.float32)
@@ -51,38 +59,16 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _loss_sum(hidden, embedding, targets, weights, chunk_size, z_loss, groups):
-    table = embedding.astype(hidden.dtype)
-
-    def body(total, chunk):
-        states, ids, weight = chunk
-        _, _, loss = _token_losses(states, table, ids, z_loss)
-        return total + jnp.sum(weight * loss), None
-
-    chunks = tuple(_split(x, chunk_size, groups) for x in (hidden, targets, weights))
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), chunks)[0]
+    words = words_on_mesh(hidden.shape[0], embedding.shape, groups)
+    value = functools.partial(_value, words, chunk_size, z_loss)
+    return _on_devices(words, value, PartitionSpec())(hidden, embedding, targets, weights)
 
 
 def _forward(hidden, embedding, targets, weights, chunk_size, z_loss, groups):
-    table = embedding.astype(hidden.dtype)
-    vocabulary = jnp.arange(table.shape[0], dtype=targets.dtype)
-
-    def body(carry, chunk):
-        total, table_gradient = carry
-        states, ids, weight = chunk
-        logits, normaliser, loss = _token_losses(states, table, ids, z_loss)
-        probabilities = jnp.exp(logits - normaliser[..., None])
-        gradient = probabilities * (1.0 + 2.0 * z_loss * normaliser)[..., None] - (vocabulary == ids[..., None])
-        gradient = (gradient * weight[..., None]).astype(states.dtype)
-        state_gradient = jnp.einsum("gcv,vd->gcd", gradient, table, preferred_element_type=jnp.float32)
-        table_gradient += jnp.einsum("gcv,gcd->gvd", gradient, states, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(weight * loss), table_gradient), (state_gradient.astype(states.dtype), loss)
-
-    chunks = tuple(_split(x, chunk_size, groups) for x in (hidden, targets, weights))
-    start = (jnp.zeros((), jnp.float32), jnp.zeros((groups, *table.shape), jnp.float32))
-    (total, table_gradient), (state_gradient, losses) = jax.lax.scan(body, start, chunks)
-    table_gradient = jnp.sum(table_gradient, axis=0).astype(embedding.dtype)
-    tokens = hidden.shape[0]
-    return total, (_join(state_gradient, tokens), table_gradient, _join(losses, tokens))
+    words = words_on_mesh(hidden.shape[0], embedding.shape, groups)
+    value = functools.partial(_value_and_gradients, words, chunk_size, z_loss)
+    saved = (words.tokens_spec, words.table_spec, words.tokens_spec)
+    return _on_devices(words, value, (PartitionSpec(), saved))(hidden, embedding, targets, weights)
 
 
 def _backward(chunk_size, z_loss, groups, saved, cotangent):
@@ -95,27 +81,100 @@ def _backward(chunk_size, z_loss, groups, saved, cotangent):
 _loss_sum.defvjp(_forward, _backward)
 
 
-def _token_losses(states, table, ids, z_loss):
-    """Logits [G, c, V], log-normalisers [G, c] and losses [G, c] of one chunk, all float32."""
-    logits = jnp.einsum("gcd,vd->gcv", states, table, preferred_element_type=jnp.float32)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return logits, normaliser, normaliser - target + z_loss * jnp.square(normaliser)
+def _on_devices(words: Words, function: Callable, out_specs: Any) -> Callable:
+    """`function` of one device's part of (hidden, embedding, targets, weights), as a function of the whole arrays."""
+    if words == Words():
+        return function
+    tokens = words.tokens_spec
+    return jax.shard_map(function, in_specs=(tokens, words.table_spec, tokens, tokens), out_specs=out_specs, check_vma=False)
 
 
-def _split(x, chunk_size, groups):
-    """[T, ...] -> [chunks, G, c, ...]. Chunks are of equal size c <= chunk_size; zeros fill the last one (weight 0)."""
-    per_group = x.shape[0] // groups
-    count = -(-per_group // chunk_size)
-    size = -(-per_group // count)
-    x = x.reshape(groups, per_group, *x.shape[1:])
-    x = jnp.pad(x, [(0, 0), (0, count * size - per_group)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(groups, count, size, *x.shape[2:]), 1, 0)
+def _value(words, chunk_size, z_loss, hidden, embedding, targets, weights):
+    table = words.gather_table(jnp.asarray(embedding, hidden.dtype))
+
+    def body(total, chunk):
+        states, ids, weight = map(words.collect, chunk)
+        loss = _chunk_losses(words, table, states, ids, z_loss)[0]
+        return total + jnp.sum(words.own(weight * loss)), None
+
+    chunks = tuple(_split(x, chunk_size) for x in (hidden, targets, weights))
+    return words.over_tokens(jax.lax.scan(body, jnp.zeros((), jnp.float32), chunks)[0])
+
+
+def _value_and_gradients(words, chunk_size, z_loss, hidden, embedding, targets, weights):
+    """The loss, and its gradients in hidden, embedding and weights (which are the losses of the tokens)."""
+    table = words.gather_table(jnp.asarray(embedding, hidden.dtype))
+
+    def body(carry, chunk):
+        total, table_gradient = carry
+        states, ids, weight = map(words.collect, chunk)
+        loss, exponentials, share_of_one, normaliser, is_target = _chunk_losses(words, table, states, ids, z_loss)
+        gradient = exponentials * (weight * (1.0 + 2.0 * z_loss * normaliser) * share_of_one)[:, None]
+        gradient = jnp.where(is_target, gradient - weight[:, None], gradient).astype(states.dtype)
+        state_gradient = words.own_total(jnp.einsum("cv,vd->cd", gradient, table, preferred_element_type=jnp.float32))
+        table_gradient = _add_product(table_gradient, gradient, states)
+        loss, weight = words.own(loss), words.own(weight)
+        return (total + jnp.sum(weight * loss), table_gradient), (state_gradient.astype(states.dtype), loss)
+
+    chunks = tuple(_split(x, chunk_size) for x in (hidden, targets, weights))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    (total, table_gradient), (state_gradient, losses) = jax.lax.scan(body, start, chunks)
+    table_gradient = words.scatter_table(table_gradient).astype(embedding.dtype)
+    tokens = hidden.shape[0]
+    return words.over_tokens(total), (_join(state_gradient, tokens), table_gradient, _join(losses, tokens))
+
+
+def _chunk_losses(words, table, states, ids, z_loss):
+    """Of one chunk, in float32: losses [c]; exp(logits - m) [c, w], and what times it is the softmax [c]; log-normalisers [c];
+    and where among this device's words the targets are [c, w]."""
+    place = ids - words.first_word(table.shape[0])
+    is_target = jnp.arange(table.shape[0], dtype=place.dtype) == place[:, None]
+    # The target's logit comes from its own row: read out of the logits it would keep them alive beside their exponentials.
+    held = (place >= 0) & (place < table.shape[0])
+    row = table[jnp.where(held, place, 0)]
+    target = words.total(jnp.where(held, jnp.sum(states.astype(jnp.float32) * row.astype(jnp.float32), axis=1), 0.0))
+    logits = jnp.einsum("cd,vd->cv", states, table, preferred_element_type=jnp.float32)
+    largest = words.largest(jnp.max(logits, axis=1))
+    exponentials = jnp.exp(logits - largest[:, None])
+    mass = words.total(jnp.sum(exponentials, axis=1))
+    normaliser = largest + jnp.log(mass)
+    loss = normaliser - target + z_loss * jnp.square(normaliser)
+    return loss, exponentials, 1.0 / mass, normaliser, is_target
+
+
+def _add_product(total: Float[Array, "w D"], gradient: Float[Array, "c w"], states: Float[Array, "c D"]) -> Float[Array, "w D"]:
+    """total + gradient^T states, in float32.
+
+    A CPU makes the product apart from the sum: there a few words at a time, or a second array like `total` would exist.
+    """
+    def product(gradient):
+        return jnp.einsum("cv,cd->vd", gradient, states, preferred_element_type=jnp.float32)
+
+    def in_blocks(total, gradient):
+        def add(start, size, total):
+            more = product(jax.lax.dynamic_slice_in_dim(gradient, start, size, 1))
+            return jax.lax.dynamic_update_slice_in_dim(total, jax.lax.dynamic_slice_in_dim(total, start, size) + more, start, 0)
+
+        count, rest = divmod(total.shape[0], WORDS_AT_ONCE)
+        total = jax.lax.fori_loop(0, count, lambda n, total: add(n * WORDS_AT_ONCE, WORDS_AT_ONCE, total), total)
+        return add(count * WORDS_AT_ONCE, rest, total) if rest else total
+
+    def at_once(total, gradient):
+        return total + product(gradient)
+
+    if total.shape[0] <= WORDS_AT_ONCE:
+        return at_once(total, gradient)
+    return jax.lax.platform_dependent(total, gradient, cpu=in_blocks, default=at_once)
+
+
+def _split(x, chunk_size):
+    """[T, ...] -> [chunks, c, ...]. Chunks are of equal size c <= chunk_size; zeros fill the last one (weight 0)."""
+    count = -(-x.shape[0] // chunk_size)
+    size = -(-x.shape[0] // count)
+    x = jnp.pad(x, [(0, count * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(count, size, *x.shape[1:])
 
 
 def _join(x, tokens):
-    """The inverse of `_split` for results of one chunk loop: [chunks, G, c, ...] -> [T, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    groups = x.shape[0]
-    x = x.reshape(groups, -1, *x.shape[3:])[:, : tokens // groups]
-    return x.reshape(tokens, *x.shape[2:])
+    """The inverse of `_split`: [chunks, c, ...] -> [T, ...]."""
+    return x.reshape(-1, *x.shape[2:])[:tokens]

@@ -13,6 +13,8 @@ from conan_jax.model.blockwise import blockwise_attention
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import MASKED, Mask, mask_bias, mask_matrix, same_segment
 
+KERNEL_BLOCK = 128  # tokens of the smallest block of the TPU kernels
+
 
 def attention(
     q: Float[Array, "B L H C"],
@@ -21,7 +23,7 @@ def attention(
     mask: Mask,
     layout: Layout,
     *,
-    implementation: Literal["auto", "dense", "blockwise"] = "auto",
+    implementation: Literal["auto", "dense", "blockwise", "pallas_tpu"] = "auto",
     block_size: int = 512,
 ) -> Float[Array, "B L H C"]:
     """Grouped-query attention inside each segment, under `Causal`, `Bidirectional` or `SoftMask` (METHODS 1.1, 1.3).
@@ -31,21 +33,44 @@ def attention(
     result has the dtype of `v`. Padding rows give zeros and zero gradients.
 
     Args:
-        implementation: "dense" holds [B, H, L, L] scores, "blockwise" never does, "auto" is dense up to one block.
-        block_size: tokens a side of a block, for "blockwise" and for the choice of "auto".
+        implementation: "dense" holds [B, H, L, L] scores, "blockwise" (any platform) and "pallas_tpu" (TPU kernels) never
+            do. "auto" is "pallas_tpu" on a TPU for rows of at least 128 tokens, which is the kernels' smallest block. On a CPU
+            and on a GPU it is dense up to one block and blockwise beyond; on a GPU that choice rests on no measurement yet.
+        block_size: tokens a side of a block, for "blockwise" and for the choice of "auto". The kernels choose their own.
 
     Raises:
-        ConfigError: an unknown implementation, or H not a multiple of K.
+        ConfigError: an unknown implementation, "pallas_tpu" on another platform, or H not a multiple of K.
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key/value heads evenly")
     if implementation == "auto":
-        implementation = "dense" if q.shape[1] <= block_size else "blockwise"
+        implementation = choose(platform(), q.shape[1], block_size)
     if implementation == "dense":
         return dense_attention(q, k, v, mask, layout)
     if implementation == "blockwise":
         return blockwise_attention(q, k, v, mask, layout, block_size)
-    raise ConfigError(f"attention {implementation!r} is not known; use auto, dense or blockwise")
+    if implementation != "pallas_tpu":
+        raise ConfigError(f"attention {implementation!r} is not known; use auto, dense, blockwise or pallas_tpu")
+    if platform() != "tpu":
+        raise ConfigError(f"attention 'pallas_tpu' runs on a TPU and this program is for a {platform()}; use auto, dense or blockwise")
+    from conan_jax.model.kernels import flash_attention  # Pallas takes half a second to import, which only this pays
+
+    return flash_attention(q, k, v, mask, layout)
+
+
+def choose(device: str, length: int, block_size: int) -> Literal["dense", "blockwise", "pallas_tpu"]:
+    """What "auto" means for rows of `length` tokens on "cpu", "gpu" or "tpu"."""
+    if device == "tpu":
+        return "pallas_tpu" if length >= KERNEL_BLOCK else "dense"
+    return "dense" if length <= block_size else "blockwise"
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": that of the current mesh, which may be one to compile for only, else of the default backend."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = getattr(device, "platform", None) or getattr(device, "device_kind", None) or jax.default_backend()
+    name = str(name).lower()
+    return "tpu" if name.startswith("tpu") else "cpu" if name.startswith("cpu") else "gpu"
 
 
 def dense_attention(

@@ -6,138 +6,230 @@ backward pass rebuilds each block of weights from the saved output o and logsume
     p = exp(s' - logsumexp),   dv = p^T do,   ds' = p * (do v^T - rowsum(do * o)),
     ds = ds' (apply="log") or ds' * M (apply="multiply"),   dq = ds k / sqrt(C),   dk = ds^T q / sqrt(C).
 
-The loops have traced bounds: while the mask is causal at run time, blocks above the diagonal are not visited.
+Both passes go over blocks of queries and, inside, over the run of blocks of keys that `ranges` gives for them: padding, other
+segments and, while the mask is causal at run time, what lies above the diagonal are not visited. A block whose mask is all
+ones computes no bias. docs/ATTENTION.md explains the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from math import gcd
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from conan_jax.errors import ConfigError
 from conan_jax.model.layout import Layout
+from conan_jax.model.ranges import all_ones, key_ranges
 from conan_jax.model.softmask import MASKED, Mask, log_weights
 
 SAVED = "attention"  # the name under which a remat policy may keep the output and the logsumexp
 
 
 class Tokens(NamedTuple):
-    """What a block of scores must know about its rows and columns; n blocks of b tokens."""
+    """What a block of scores must know about its rows or columns."""
 
-    segment_ids: Int[Array, "n B b"]
-    positions: Int[Array, "n B b"]
-    weights: Float[Array, "n B b"]  # M above the diagonal, or its log, as the mask applies it
+    segment_ids: Int[Array, "B b"]
+    positions: Int[Array, "B b"]
+    weights: Float[Array, "B b"]  # M above the diagonal, or its log, as the mask applies it
+
+
+class Plan(NamedTuple):
+    """Which blocks of keys each of the n blocks of queries visits, and which of those need no mask.
+
+    One plan for all rows of the batch, which are computed together: a block is left out when no row needs it.
+    """
+
+    first: Int[Array, " n"]
+    end: Int[Array, " n"]
+    bare: Bool[Array, "n n"]
 
 
 def blockwise_attention(
     q: Float[Array, "B L H C"], k: Float[Array, "B L K C"], v: Float[Array, "B L K C"], mask: Mask, layout: Layout, block_size: int
 ) -> Float[Array, "B L H C"]:
-    """What `attention` computes, holding one [block_size, block_size] block of scores a head at a time.
+    """What `attention` computes, holding one [block_size, block_size] block of scores a head at a time (METHODS 1.3).
 
-    Any L: rows are padded to whole blocks inside. Float32 scores, softmax and accumulators; alpha gets no gradient.
+    Any L: rows are padded to whole blocks inside. Float32 scores, softmax and accumulators; alpha gets no gradient. Padding
+    rows give zeros and zero gradients. Saved for the backward pass, besides the arguments: the output and one float32 a
+    query and head.
+
+    Raises:
+        ConfigError: `block_size` below 1.
     """
-    B, L, H, C = q.shape
-    K = k.shape[2]
-    b = min(block_size, L)
-
-    def blocks(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -L % b)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(B, -1, b, *x.shape[2:]).swapaxes(0, 1)
-
-    weights = mask.weights(layout.positions, layout.lengths)
-    weights = log_weights(weights) if mask.apply == "log" else weights
-    tokens = Tokens(blocks(layout.segment_ids), blocks(layout.positions), blocks(weights))
-    queries = blocks(q).reshape(-1, B, b, K, H // K, C).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, H // K * b, C)
-    out = _attend(queries, blocks(k).swapaxes(2, 3), blocks(v).swapaxes(2, 3), tokens, mask)
-    out = out.reshape(-1, B, K, H // K, b, C).transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, C)[:, :L]
-    return jnp.where(layout.real[:, :, None, None], out, 0)
+    L = q.shape[1]
+    if block_size < 1:
+        raise ConfigError(f"attention in blocks needs blocks of at least 1 token, got block_size {block_size}")
+    # Blocks of equal size: 600 tokens in blocks of 512 are two of 320, not one and a mostly empty one.
+    step, even = gcd(block_size, 64), -(-L // -(-L // block_size))
+    return _attend(q, k, v, mask, layout, min(-(-even // step) * step, L))
 
 
-@jax.custom_vjp
-def _attend(q: Float[Array, "n B K Gb C"], k: Float[Array, "n B K b C"], v: Float[Array, "n B K b C"], tokens: Tokens, mask: Mask) -> Array:
-    return _forward(q, k, v, tokens, mask)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -> Array:
+    return _forward(q, k, v, mask, layout, b)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, tokens: Tokens, mask: Mask) -> tuple[Array, tuple]:
-    n = q.shape[0]
+def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -> tuple[Array, tuple]:
+    (B, L, H, C), K = q.shape, k.shape[2]
+    plan, tokens = _plan(mask, layout, b), _tokens(mask, layout, b)
+    q_blocks, k_blocks, v_blocks = (_whole(x, b) for x in (q, k, v))
 
-    def row_of_blocks(i: Array) -> tuple[Array, Array]:
-        rows = _at(tokens, i)
+    def row_of_blocks(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        outs, logsumexps = state
+        rows, queries = _block(tokens, i, b), _stack(_block(q_blocks, i, b), K)
 
-        def visit(j: Array, state: tuple) -> tuple:
+        def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = state
-            scores, _ = _scores(q[i], k[j], rows, _at(tokens, j), mask)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            p = jnp.exp(scores - new_top[..., None])
+
+            def weigh(s: Array) -> tuple[Array, Array, Array]:
+                new_top = jnp.maximum(top, s.max(axis=-1))
+                p = jnp.exp(s - new_top[..., None])
+                return p, p.sum(axis=-1), new_top
+
+            s = _dot("bkrc,bksc->bkrs", queries, _stack(_block(k_blocks, j, b), K))
+            p, sums, new_top = lax.cond(plan.bare[i, j], lambda s: weigh(s * C**-0.5),
+                                        lambda s: weigh(_masked(s * C**-0.5, rows, _block(tokens, j, b), mask)), s)
             shrink = jnp.exp(top - new_top)
-            out = out * shrink[..., None] + jnp.einsum("bkrs,bksc->bkrc", p.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-            return new_top, total * shrink + p.sum(axis=-1), out
+            out = out * shrink[..., None] + _dot("bkrs,bksc->bkrc", p.astype(v.dtype), _stack(_block(v_blocks, j, b), K))
+            return new_top, total * shrink + sums, out
 
         # A row whose first blocks are all masked gathers exp(0) from them; the first real score shrinks that to exactly 0.
-        zero = jnp.zeros(q.shape[1:], jnp.float32)
+        zero = jnp.zeros(queries.shape, jnp.float32)
         start = (jnp.full(zero.shape[:-1], MASKED), zero[..., 0], zero)
-        top, total, out = lax.fori_loop(0, jnp.where(mask.is_causal(), i + 1, n), visit, start)
-        return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        top, total, out = lax.fori_loop(plan.first[i], plan.end[i], visit, start)
+        real = _over_heads(rows.segment_ids > 0, H // K)
+        out = jnp.where(real[..., None], out / total[..., None], 0).astype(v.dtype)
+        # exp(s - 1e30) is 0: a padding query weighs nothing in the backward pass, whatever its scores are.
+        logsumexp = jnp.where(real, top + jnp.log(total), -MASKED)
+        return _put(outs, _unstack(out, b), i, b), logsumexps.at[i].set(logsumexp)
 
-    out, logsumexp = lax.map(row_of_blocks, jnp.arange(n))
-    out, logsumexp = checkpoint_name(out, SAVED), checkpoint_name(logsumexp, SAVED)
-    return out, (q, k, v, tokens, mask, out, logsumexp)
+    n = plan.first.shape[0]
+    start = (jnp.zeros(q_blocks.shape, v.dtype), jnp.zeros((n, B, K, H // K * b), jnp.float32))
+    out, logsumexp = lax.fori_loop(0, n, row_of_blocks, start)
+    out, logsumexp = checkpoint_name(out[:, :L], SAVED), checkpoint_name(logsumexp, SAVED)
+    return out, (q, k, v, mask, layout, out, logsumexp)
 
 
-def _backward(saved: tuple, d_out: Array) -> tuple:
-    q, k, v, tokens, mask, out, logsumexp = saved
-    n = q.shape[0]
-    through_softmax = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+def _backward(b: int, saved: tuple, d_out: Array) -> tuple:
+    q, k, v, mask, layout, out, logsumexp = saved
+    (B, L, H, C), K = q.shape, k.shape[2]
+    plan, tokens = _plan(mask, layout, b), _tokens(mask, layout, b)
+    q_blocks, k_blocks, v_blocks, out_blocks, d_out_blocks = (_whole(x, b) for x in (q, k, v, out, d_out))
 
-    def column_of_blocks(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        columns = _at(tokens, j)
+    def row_of_blocks(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dqs, dk, dv = state
+        rows, queries = _block(tokens, i, b), _stack(_block(q_blocks, i, b), K)
+        d_rows = jnp.where((rows.segment_ids > 0)[..., None, None], _block(d_out_blocks, i, b), 0)
+        product = d_rows.astype(jnp.float32) * _block(out_blocks, i, b).astype(jnp.float32)
+        through_softmax = _stack(product.sum(axis=-1, keepdims=True), K)
+        d_rows = _stack(d_rows, K)
+        # On a CPU, a product that contracts the first axis of both sides runs at a third of the speed: transposed here, once a row.
+        queries_t, d_rows_t = queries.swapaxes(2, 3), d_rows.swapaxes(2, 3)
 
-        def visit(i: Array, state: tuple) -> tuple:
+        def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
-            scores, factor = _scores(q[i], k[j], _at(tokens, i), columns, mask)
-            p = jnp.exp(scores - logsumexp[i][..., None])
-            dv += jnp.einsum("bkrs,bkrc->bksc", p.astype(v.dtype), d_out[i], preferred_element_type=jnp.float32)
-            dp = jnp.einsum("bkrc,bksc->bkrs", d_out[i], v[j], preferred_element_type=jnp.float32)
-            ds = (p * (dp - through_softmax[i][..., None]) * factor).astype(q.dtype)
-            dk += jnp.einsum("bkrs,bkrc->bksc", ds, q[i], preferred_element_type=jnp.float32)
-            dq = dq.at[i].add(jnp.einsum("bkrs,bksc->bkrc", ds, k[j], preferred_element_type=jnp.float32))
-            return dq, dk, dv
+            keys, columns = _stack(_block(k_blocks, j, b), K), _block(tokens, j, b)
 
-        zero = jnp.zeros(k.shape[1:], jnp.float32)
-        dq, dk, dv = lax.fori_loop(jnp.where(mask.is_causal(), j, 0), n, visit, (dq, zero, zero))
-        return dq, (dk, dv)
+            def weigh(s: Array) -> Array:
+                return jnp.exp(s - logsumexp[i][..., None])
 
-    dq, (dk, dv) = lax.scan(column_of_blocks, jnp.zeros(q.shape, jnp.float32), jnp.arange(n))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+            s = _dot("bkrc,bksc->bkrs", queries, keys)
+            p = lax.cond(plan.bare[i, j], lambda s: weigh(s * C**-0.5), lambda s: weigh(_masked(s * C**-0.5, rows, columns, mask)), s)
+            dp = _dot("bkrc,bksc->bkrs", d_rows, _stack(_block(v_blocks, j, b), K))
+            ds = p * (dp - through_softmax)
+            if mask.apply == "multiply":
+                ds = lax.cond(plan.bare[i, j], lambda ds: ds, lambda ds: _per_head(jnp.multiply, ds, _above(rows, columns, mask)), ds)
+            ds = ds.astype(q.dtype)
+            dv = dv.at[j].add(_dot("bkcr,bkrs->bkcs", d_rows_t, p.astype(v.dtype)))
+            dk = dk.at[j].add(_dot("bkcr,bkrs->bkcs", queries_t, ds))
+            return dq + _dot("bkrs,bksc->bkrc", ds, keys), dk, dv
+
+        dq, dk, dv = lax.fori_loop(plan.first[i], plan.end[i], visit, (jnp.zeros(queries.shape, jnp.float32), dk, dv))
+        return _put(dqs, _unstack((dq * C**-0.5).astype(q.dtype), b), i, b), dk, dv
+
+    def join(x: Float[Array, "n B K C b"], like: Array) -> Array:
+        return x.transpose(1, 0, 4, 2, 3).reshape(B, -1, K, C)[:, :L].astype(like.dtype)
+
+    n = plan.first.shape[0]
+    zero = jnp.zeros((n, B, K, C, b), jnp.float32)
+    dq, dk, dv = lax.fori_loop(0, n, row_of_blocks, (jnp.zeros(q_blocks.shape, q.dtype), zero, zero))
+    return dq[:, :L], join(dk * C**-0.5, k), join(dv, v), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(
-    q: Float[Array, "B K Gb C"], k: Float[Array, "B K b C"], rows: Tokens, columns: Tokens, mask: Mask
-) -> tuple[Float[Array, "B K Gb b"], Array | float]:
-    """One block of masked scores [B, K, Gb, b], float32, and d(scores)/d(q k^T)."""
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.einsum("bkrc,bksc->bkrs", q, k, preferred_element_type=jnp.float32) * scale
+def _plan(mask: Mask, layout: Layout, b: int) -> Plan:
+    first, end = key_ranges(layout, mask, b, b)
+    some = first < end
+    return Plan(jnp.where(some, first, first.shape[1]).min(axis=0), end.max(axis=0), all_ones(layout, mask, b, b).all(axis=0))
+
+
+def _tokens(mask: Mask, layout: Layout, b: int) -> Tokens:
+    weights = mask.weights(layout.positions, layout.lengths)
+    weights = log_weights(weights) if mask.apply == "log" else weights
+    return Tokens(*(_whole(x, b) for x in (layout.segment_ids, layout.positions, weights)))
+
+
+def _masked(scores: Float[Array, "B K Gb b"], rows: Tokens, columns: Tokens, mask: Mask) -> Float[Array, "B K Gb b"]:
+    """One block of scores under the mask."""
     same = (rows.segment_ids[:, :, None] == columns.segment_ids[:, None, :]) & (columns.segment_ids[:, None, :] > 0)
-    later = columns.positions[:, None, :] > rows.positions[:, :, None]
-    above = columns.weights[:, None, :] if mask.index == "key" else rows.weights[:, :, None]
+    above = _above(rows, columns, mask)
     if mask.apply == "log":
-        bias = jnp.where(same, jnp.where(later, above, 0.0), MASKED)
-        return scores + _over_heads(bias, scores), scale
-    factor = _over_heads(jnp.where(later, above, 1.0), scores)
-    return jnp.where(_over_heads(same, scores), scores * factor, MASKED), factor * scale
+        return _per_head(jnp.add, scores, jnp.where(same, above, MASKED))
+    return _per_head(lambda s, x: jnp.where(x[0], s * x[1], MASKED), scores, (same, above))
 
 
-def _over_heads(x: Array, scores: Float[Array, "B K Gb b"]) -> Array:
-    """[B, b, b] -> [B, 1, Gb, b]: the same for each of the G query heads stacked on rows."""
-    return jnp.tile(x, (1, scores.shape[2] // x.shape[1], 1))[:, None]
+def _above(rows: Tokens, columns: Tokens, mask: Mask) -> Float[Array, "B b b"]:
+    """M, or its log, of two blocks of tokens, as if of one segment."""
+    weights = columns.weights[:, None, :] if mask.index == "key" else rows.weights[:, :, None]
+    return jnp.where(columns.positions[:, None, :] > rows.positions[:, :, None], weights, 0.0 if mask.apply == "log" else 1.0)
 
 
-def _at(tokens: Tokens, i: Array) -> Tokens:
-    return jax.tree.map(lambda x: x[i], tokens)
+def _per_head(apply: Callable, scores: Float[Array, "B K Gb b"], x: Array | tuple) -> Float[Array, "B K Gb b"]:
+    """`apply(scores, x)`, x [B, b, b] being the same for every head."""
+    B, K, R, b = scores.shape
+    return apply(scores.reshape(B, K, -1, b, b), jax.tree.map(lambda a: a[:, None, None], x)).reshape(B, K, R, b)
+
+
+def _over_heads(x: Array, G: int) -> Array:
+    """[B, b] -> [B, 1, Gb]: the same for each of the G query heads stacked on rows."""
+    return jnp.tile(x, (1, G))[:, None]
+
+
+def _stack(x: Float[Array, "B b H C"], K: int) -> Float[Array, "B K Gb C"]:
+    """Put the query heads that share a key/value head on rows: one taller matrix product instead of G small ones."""
+    B, b, H, C = x.shape
+    return x.reshape(B, b, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
+
+
+def _unstack(x: Float[Array, "B K Gb C"], b: int) -> Float[Array, "B b H C"]:
+    """Undo `_stack`."""
+    B, K, R, C = x.shape
+    return x.reshape(B, K, R // b, b, C).transpose(0, 3, 1, 2, 4).reshape(B, b, -1, C)
+
+
+def _whole(x: Array, b: int) -> Array:
+    """[B, L, ...] -> L a multiple of b, filled up with zeros."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % b)] + [(0, 0)] * (x.ndim - 2)) if x.shape[1] % b else x
+
+
+def _block(x: Array | Tokens, i: Array, b: int) -> Array | Tokens:
+    """Tokens i * b to (i + 1) * b."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, i * b, b, axis=1), x)
+
+
+def _put(x: Array, block: Array, i: Array, b: int) -> Array:
+    """`x` with the tokens of block i replaced."""
+    return lax.dynamic_update_slice_in_dim(x, block, i * b, axis=1)
+
+
+def _dot(spec: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)

@@ -81,8 +81,9 @@ class Embedder:
 
     def _boxed(self, key: Array) -> Any:
         row = jnp.zeros((1, 1), jnp.int32)
-        # The tree is the same one unrolled; as a scan it is made with one compiled layer body.
-        scanned = Decoder(replace(self.config, scan_layers=True))
+        # The tree is the same one unrolled; as a scan it is made with one compiled layer body. Attention has no parameters,
+        # and one made for a device that is not here could not look at this row.
+        scanned = Decoder(replace(self.config, scan_layers=True, attention="dense"))
         return scanned.init(key, row, row[0] + 1, row[0], Bidirectional(), method="embed")["params"]
 
 

@@ -56,9 +56,9 @@ def rope_tables(positions: Int[Array, "B L"], head_dim: int, theta: float) -> tu
 
 def apply_rope(x: Float[Array, "B L H C"], cos: Float[Array, "B L C"], sin: Float[Array, "B L C"]) -> Float[Array, "B L H C"]:
     """Rotate the pairs (x_c, x_{c+C/2}): the half-split convention of Llama checkpoints. float32 inside."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return (x.astype(jnp.float32) * cos[:, :, None] + rotated * sin[:, :, None]).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)  # exact in any type: what is kept of it is half as large as in float32
+    return (x.astype(jnp.float32) * cos[:, :, None] + rotated.astype(jnp.float32) * sin[:, :, None]).astype(x.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +15,8 @@ from conan_jax.model.layers import RMSNorm, SelfAttention, SwiGLU, constrain, ro
 from conan_jax.model.layout import Layout
 from conan_jax.model.pooling import make_pooling
 from conan_jax.model.softmask import Mask
+
+LOOK_UP_COLUMNS = 1024
 
 
 class Block(nn.Module):
@@ -57,11 +61,11 @@ class Decoder(nn.Module):
         c = self.config
         B, L = inputs.shape[:2]
         if inputs.ndim == 2:
-            x = jnp.take(self.embedding, inputs.reshape(-1), axis=0) * c.embedding_multiplier
+            x = look_up(self.embedding, inputs, lambda rows: (rows * c.embedding_multiplier).astype(c.compute_dtype))
         else:
-            x = inputs.reshape(B * L, -1)
+            x = inputs
         rope = rope_tables(layout.positions, c.head_dim, c.rope_theta)
-        x, _ = self.layers(x.astype(c.compute_dtype), rope, layout, mask)
+        x, _ = self.layers(x.reshape(B * L, -1).astype(c.compute_dtype), rope, layout, mask)
         return self.final_norm(x).reshape(B, L, -1)
 
     def pool(self, hidden: Float[Array, "B L D"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
@@ -79,6 +83,25 @@ class Decoder(nn.Module):
         """Pooled and L2-normalised; zeros for an empty row."""
         hidden = self.hidden(tokens, Layout.from_lengths(lengths, tokens.shape[1]), mask)
         return l2_normalise(self.pool(hidden, lengths, prompt_lengths))
+
+
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "B L"], finish: Callable[[Array], Array], columns: int = LOOK_UP_COLUMNS
+) -> Float[Array, "B L D"]:
+    """`finish(table[ids])`, `columns` of L at a time.
+
+    Where devices share the table along D, each looks its few coordinates of every token up and they exchange them. On a
+    TPU a row of 14 coordinates takes the room of 128: all tokens of long rows at once would be the largest array of the step.
+    """
+    B, L = ids.shape
+
+    def part(ids: Array) -> Array:
+        return constrain(finish(jnp.take(table, ids, axis=0)), "batch", "length", None)
+
+    if columns >= L:
+        return part(ids)
+    parts = jnp.pad(ids, ((0, 0), (0, -L % columns))).reshape(B, -1, columns).swapaxes(0, 1)
+    return jax.lax.map(part, parts).swapaxes(0, 1).reshape(B, -1, table.shape[1])[:, :L]
 
 
 def _rematerialised(block: type[nn.Module], c: config.Model) -> type[nn.Module]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from conan_jax import sharding
@@ -36,7 +34,7 @@ class LanguageModel:
         total, count = chunked_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), self.embedder.embedding_table(params),
             jnp.roll(tokens, -1, axis=1).reshape(-1), weights.reshape(-1),
-            self.config.loss_chunk_size, self.config.z_loss, groups=_groups(tokens.shape[0]))
+            self.config.loss_chunk_size, self.config.z_loss, groups=sharding.batch_parts(tokens.shape[0]))
         loss = total / jnp.maximum(count, 1.0)
         return loss, (carry, {"loss": loss, "tokens": jnp.sum(segments > 0).astype(jnp.float32), "target_tokens": count})
 
@@ -61,10 +59,3 @@ class LanguageModel:
             "objective": "next token, causal" + (", on output tokens" if c.kind == "sft" else ""),
             "loss chunk": f"{c.loss_chunk_size:,} tokens a device",
         }
-
-
-def _groups(rows: int) -> int:
-    """Parts the rows of a batch are split into by the current mesh; 1 without a mesh, or where it does not divide them."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(shape.get(axis, 1) for axis in sharding.BATCH_AXES)
-    return parts if rows % parts == 0 else 1

@@ -140,5 +140,5 @@ def test_refusals():
     layout = layout_of(ROWS[7])
     with pytest.raises(ConfigError, match="3 query heads cannot share 2"):
         attention(q, k, v, Causal(), layout)
-    with pytest.raises(ConfigError, match="'flash' is not known; use auto, dense or blockwise"):
+    with pytest.raises(ConfigError, match="'flash' is not known; use auto, dense, blockwise or pallas_tpu"):
         attention(q[:, :, :2], k, v, Causal(), layout, implementation="flash")

@@ -9,6 +9,7 @@ import pytest
 
 from conan_jax.errors import ConfigError
 from conan_jax.model import Bidirectional, Causal, Layout, SoftMask
+from conan_jax.model.transformer import look_up
 from tests.model import oracle
 from tests.model.models import TINY, embed_of, hidden_of, params_of, variant
 
@@ -106,6 +107,22 @@ def test_token_embeddings_enter_multiplied_and_leave_bare():
     hidden = run(embedder, TOKENS, FULL, Causal())
     np.testing.assert_allclose(hidden[0], expected, atol=1e-5)
     np.testing.assert_allclose(embedder.logits(params, hidden)[0], expected @ np.asarray(params["embedding"]).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 8, 9])
+def test_looking_tokens_up_in_parts_gives_their_rows_and_the_gradient_of_every_use(columns):
+    rng = np.random.default_rng(5)
+    table, weights = rng.normal(size=(48, 6)), rng.normal(size=(2, 9, 6))
+
+    def total(table):
+        rows = look_up(table, jnp.asarray(TOKENS), lambda rows: 2.0 * rows, columns)
+        return jnp.sum(rows * weights.astype(np.float32)), rows
+
+    gradient, rows = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(table, jnp.float32))
+    expected = np.zeros_like(table)
+    np.add.at(expected, TOKENS, 2.0 * weights)
+    np.testing.assert_allclose(rows, 2.0 * table[TOKENS], atol=1e-6)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
 def test_ready_embeddings_pass_as_token_ids_do():

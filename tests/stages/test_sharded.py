@@ -6,7 +6,6 @@ import pytest
 
 from conan_jax import config, sharding
 from conan_jax.stages import make_stage
-from conan_jax.stages.lm import _groups
 from tests.stages import examples
 
 
@@ -47,6 +46,6 @@ def test_eight_devices_agree_with_one_and_compile_once(kind):
 
 
 def test_the_language_model_loss_has_a_group_for_each_part_of_the_batch():
-    assert _groups(16) == 1
+    assert sharding.batch_parts(16) == 1
     with sharding.activate(sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
-        assert (_groups(16), _groups(6)) == (4, 1)
+        assert (sharding.batch_parts(16), sharding.batch_parts(6)) == (4, 1)

@@ -13,8 +13,7 @@ from conan_jax.errors import ConfigError
 from conan_jax.losses import cosent, info_nce
 from conan_jax.losses.matryoshka import truncate
 from conan_jax.model import Bidirectional, Causal, Layout, SoftMask
-from conan_jax.stages import STAGES, hard_negatives, make_stage
-from conan_jax.stages.encode import encode_all
+from conan_jax.stages import STAGES, encode, hard_negatives, make_stage
 from tests.stages import examples
 from tests.stages.test_hard_negatives import Oracle
 
@@ -183,12 +182,22 @@ def test_one_task_takes_turns_and_leaves_the_others_alone(model):
     jax.tree.map(np.testing.assert_array_equal, after, unmoved)
 
 
-def test_texts_encoded_together_are_those_encoded_apart(model):
+@pytest.mark.parametrize(("full", "calls"), [(16_384, [(11, 6), (3, 4)]), (40, [(3, 6), (8, 6), (3, 4)]), (12, [(3, 6), (8, 6), (3, 4)])])
+def test_texts_encoded_together_are_those_encoded_apart(model, monkeypatch, full, calls):
     embedder, params, vectors = model
+    monkeypatch.setattr(encode, "FULL", full)  # tokens from which on a text batch has a call of its own
+    seen = []
+
+    class Watched:
+        def embed(self, params, text, mask):
+            seen.append(text["tokens"].shape)
+            return embedder.embed(params, text, mask)
+
     r = np.random.default_rng(5)
     short = {name: value[:, :4] if name == "tokens" else np.minimum(value, 4) for name, value in examples.texts(r, 3).items()}
     texts = {"a": examples.texts(r, 3, prompt=2), "b": examples.texts(r, 2, 4), "c": short}
-    together = jax.jit(lambda p: encode_all(embedder, p, texts, Bidirectional()), compiler_options=FAST)(params)
+    together = jax.jit(lambda p: encode.encode_all(Watched(), p, texts, Bidirectional()), compiler_options=FAST)(params)
+    assert seen == calls
     assert list(map(jnp.shape, (together["a"], together["b"], together["c"]))) == [(3, 16), (2, 4, 16), (3, 16)]
     for name in ("a", "b"):
         np.testing.assert_allclose(together[name], vectors(texts[name]), atol=1e-6)

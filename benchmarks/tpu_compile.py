@@ -1,0 +1,139 @@
+"""What TPU pods make of the attention kernels and of the full model's steps, compiled on a machine without a TPU.
+
+    python benchmarks/tpu_compile.py [--json] [--list] [--only NAME ...] [--check]
+
+Attention is 32/8 heads x 112 in bfloat16 under a soft mask whose alpha is traced, one row on one chip. The steps are those
+of configs/conan_v2.py, optimizer included, on 256 chips of v5e: `pretrain` with 256 rows of 4096 tokens, `weak` with 256
+pairs of 32,768 tokens a side. The peak is what one device holds at most, arguments included, as its compiler planned it; a
+program that does not fit is refused. Needs libtpu (`make test-tpu` sets it up).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+# Before jax is imported: compile only, and do not ask the network which TPU this machine is.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}.items():
+    os.environ.setdefault(name, value)  # silences a complaint that neither is known
+
+import timing
+
+import jax
+import jax.numpy as jnp
+
+from conan_jax import config, sharding
+from conan_jax.config_io import load_run
+from conan_jax.data.shapes import batch_shapes
+from conan_jax.errors import ConanError, ConfigError
+from conan_jax.model import Embedder, Layout, SoftMask
+from conan_jax.model.attention import attention
+from conan_jax.stages import make_stage
+from conan_jax.train.abstract import lower_step, topology_devices
+
+CONFIG = Path(__file__).parent.parent / "configs" / "conan_v2.py"
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+LENGTHS = (512, 4096, 32_768)
+POD = "v5e:16x16"
+ROWS = 256
+PEAK_GIB = {"pretrain": 3.9, "weak": 9.0}  # at most
+LONG = config.Bucket(32_768, 32_768)
+
+
+def compile_attention(chip: str, length: int, gradient: bool, mesh: config.Mesh = config.Mesh(fsdp=1)) -> jax.stages.Compiled:
+    """The kernels for one chip of `CHIPS`, or a row a device of a larger `mesh` of them; with `gradient`, value and gradient."""
+    devices = sharding.make_mesh(mesh, topology_devices(CHIPS[chip]))
+    rows = devices.shape["data"] * devices.shape["fsdp"]
+
+    def total(qkv: tuple, lengths: jax.Array, alpha: jax.Array) -> jax.Array:
+        out = attention(*qkv, SoftMask(alpha), Layout.from_lengths(lengths, length), implementation="pallas_tpu")
+        return out if not gradient else jnp.sum(out.astype(jnp.float32))
+
+    def operand(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        place = sharding.batch_sharding(devices) if shape else sharding.replicated(devices)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    qkv = tuple(operand(jnp.bfloat16, rows, length, heads, 112) for heads in (32, 8, 8))
+    with sharding.activate(devices):
+        step = jax.jit(jax.value_and_grad(total) if gradient else total)
+        return step.lower(qkv, operand(jnp.int32, rows), operand(jnp.float32)).compile()
+
+
+def compile_step(stage_name: str, implementation: str) -> jax.stages.Compiled:
+    """The update of a stage of the full model on `POD`."""
+    run = load_run(str(CONFIG), [f"model.attention={implementation}"])
+    stage_config = dataclasses.replace(run.stage(stage_name), global_batch_size=ROWS)
+    if isinstance(stage_config, config.WeakStage):
+        stage_config = dataclasses.replace(stage_config, buckets=(LONG,))
+    embedder = Embedder(run.model)
+    return lower_step(run, stage_config, stage=make_stage(stage_config, embedder), embedder=embedder, batch=batch_shapes(stage_config),
+                      num_examples={"": ROWS}, mesh=sharding.make_mesh(run.mesh, topology_devices(POD))).compile()
+
+
+def measure_attention(name: str, chip: str, length: int, gradient: bool) -> Iterator[timing.Figure]:
+    """What the kernels take beside nothing else."""
+    yield timing.plain(f"{name}, peak", compile_attention(chip, length, gradient).memory_analysis().peak_memory_in_bytes / 2**20, "MiB")
+
+
+def measure_step(name: str, stage: str, implementation: str) -> Iterator[timing.Figure]:
+    """The peak against its bar, and how long the compiler took (this machine, as busy as it is)."""
+    start = time.perf_counter()
+    peak = compile_step(stage, implementation).memory_analysis().peak_memory_in_bytes
+    yield timing.at_most(PEAK_GIB[stage], f"{name}, peak a device", peak / 2**30, "GiB")
+    yield timing.plain(f"{name}, compilation", time.perf_counter() - start, "s")
+
+
+def cases() -> dict[str, Callable[[], Iterator[timing.Figure]]]:
+    """Everything there is to compile, by name: the kernels, then the steps by the default path, then the portable one."""
+    found: dict[str, Callable[[], Iterator[timing.Figure]]] = {}
+    for chip in CHIPS:
+        for length in LENGTHS:
+            for what, gradient in (("forward", False), ("forward and backward", True)):
+                name = f"attention {chip} L={length} {what}"
+                found[name] = partial(measure_attention, name, chip, length, gradient)
+    for implementation in ("pallas_tpu", "blockwise"):
+        for stage in PEAK_GIB:
+            name = f"{stage} step {POD} {implementation}"
+            found[name] = partial(measure_step, name, stage, implementation)
+    return found
+
+
+def chosen(only: list[str]) -> list[Callable[[], Iterator[timing.Figure]]]:
+    """The cases whose names hold one of `only`, all without it. Raises `ConfigError` when a part is in no name."""
+    for part in only:
+        if not any(part in name for name in cases()):
+            raise ConfigError(f"--only {part!r} is in no name of --list")
+    return [measure for name, measure in cases().items() if not only or any(part in name for part in only)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases and compile nothing")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="compile the cases whose name holds NAME; may be repeated")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a figure misses its bar")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(cases()))
+        return 0
+    missed = False
+    try:
+        for measure in chosen(arguments.only):
+            for figure in measure():
+                timing.show([figure], arguments.json)
+                missed |= not figure["holds"]
+    except ConanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 1 if missed and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

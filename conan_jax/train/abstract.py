@@ -1,0 +1,76 @@
+"""The step of a stage without its arrays: what it takes to compile it, read its memory or export it, on any mesh."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from conan_jax import config, sharding
+from conan_jax.errors import ConfigError
+from conan_jax.stages.base import Stage
+from conan_jax.train import optimizer, state
+from conan_jax.train.step import make_train_step
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The chips of a TPU pod that is not here, to compile for: "v5e:16x16" has 256. They hold no arrays.
+
+    Needs libtpu and asks no TPU: `TPU_SKIP_MDS_QUERY=1` and, beside other programs that hold it, `ALLOW_MULTIPLE_LIBTPU_LOAD=1`
+    in the environment keep it from looking for one.
+
+    Raises:
+        ConfigError: libtpu is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'jax[tpu]=={jax.__version__}' (1.3 GB, "
+                          "best in an environment of its own; `make test-tpu` makes one)")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"no TPU topology {name!r} (there are v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 and others): {error}") from error
+
+
+def lower_step(
+    run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, batch: Any, num_examples: Mapping[str, int],
+    mesh: jax.sharding.Mesh,
+) -> jax.stages.Lowered:
+    """The update that `train_stage` runs, lowered for the devices of `mesh`; no parameter is ever made.
+
+    The devices may be a compile-only topology (`jax.experimental.topologies`): `.compile()` then answers for chips that
+    are not here whether the step compiles and fits, and `.memory_analysis()` what it takes.
+
+    Args:
+        batch: `ShapeDtypeStruct`s of the global batch, as `data.shapes.batch_shapes` gives them.
+        num_examples: records of each task, which size the carry.
+
+    Raises:
+        ConfigError: the devices do not divide the global batch.
+    """
+    axes = embedder.axes()
+    updates = optimizer.make_optimizer(stage_config.optimizer, stage_config.steps, axes)
+    schedule = optimizer.learning_rate_at(stage_config.optimizer, stage_config.steps)
+    # Before the mesh is current: what makes arrays would make them on its devices, and a compile-only device holds none.
+    abstract = state.abstract_state(embedder, stage, updates, num_examples, mesh)
+    with sharding.activate(mesh):
+        return make_train_step(stage, updates, schedule, run.seed, abstract).lower(abstract, abstract_batch(batch, mesh))
+
+
+def abstract_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`batch` laid over `mesh` as `sharding.global_batch` lays real arrays: the examples over ("data", "fsdp").
+
+    Raises `ConfigError` when the devices do not divide the examples.
+    """
+    place = sharding.batch_sharding(mesh)
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+
+    def put(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if array.shape[0] % parts:
+            raise ConfigError(f"a global batch of {array.shape[0]} rows cannot be divided among {parts} devices (mesh data x fsdp)")
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    return jax.tree.map(put, batch)
