@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from conan_jax.losses.words import Words, words_on_mesh
 
-WORDS_AT_ONCE = 4096  # of the table's gradient, on a CPU
+WORDS_AT_ONCE = 2048  # for the gradients' products on a CPU, whose caches then hold what is multiplied
 
 
 def chunked_cross_entropy(
@@ -108,13 +108,11 @@ def _value_and_gradients(words, chunk_size, z_loss, hidden, embedding, targets, 
     def body(carry, chunk):
         total, table_gradient = carry
         states, ids, weight = map(words.collect, chunk)
-        loss, exponentials, share_of_one, normaliser, is_target = _chunk_losses(words, table, states, ids, z_loss)
-        gradient = exponentials * (weight * (1.0 + 2.0 * z_loss * normaliser) * share_of_one)[:, None]
-        gradient = jnp.where(is_target, gradient - weight[:, None], gradient).astype(states.dtype)
-        state_gradient = words.own_total(jnp.einsum("cv,vd->cd", gradient, table, preferred_element_type=jnp.float32))
-        table_gradient = _add_product(table_gradient, gradient, states)
+        loss, exponentials, mass, normaliser, place = _chunk_losses(words, table, states, ids, z_loss)
+        scale = weight * (1.0 + 2.0 * z_loss * normaliser) / mass
+        state_gradient, table_gradient = _add_gradients(table_gradient, exponentials, scale, weight, place, states, table)
         loss, weight = words.own(loss), words.own(weight)
-        return (total + jnp.sum(weight * loss), table_gradient), (state_gradient.astype(states.dtype), loss)
+        return (total + jnp.sum(weight * loss), table_gradient), (words.own_total(state_gradient).astype(states.dtype), loss)
 
     chunks = tuple(_split(x, chunk_size) for x in (hidden, targets, weights))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
@@ -125,10 +123,9 @@ def _value_and_gradients(words, chunk_size, z_loss, hidden, embedding, targets, 
 
 
 def _chunk_losses(words, table, states, ids, z_loss):
-    """Of one chunk, in float32: losses [c]; exp(logits - m) [c, w], and what times it is the softmax [c]; log-normalisers [c];
-    and where among this device's words the targets are [c, w]."""
+    """Of one chunk, in float32: losses, exponentials of the logits [c, w], what sums them up to the softmax, log-normalisers; and
+    each target's place among this device's words, which is outside of [0, w) where another device holds it. All but one [c]."""
     place = ids - words.first_word(table.shape[0])
-    is_target = jnp.arange(table.shape[0], dtype=place.dtype) == place[:, None]
     # The target's logit comes from its own row: read out of the logits it would keep them alive beside their exponentials.
     held = (place >= 0) & (place < table.shape[0])
     row = table[jnp.where(held, place, 0)]
@@ -139,32 +136,38 @@ def _chunk_losses(words, table, states, ids, z_loss):
     mass = words.total(jnp.sum(exponentials, axis=1))
     normaliser = largest + jnp.log(mass)
     loss = normaliser - target + z_loss * jnp.square(normaliser)
-    return loss, exponentials, 1.0 / mass, normaliser, is_target
+    return loss, exponentials, mass, normaliser, place
 
 
-def _add_product(total: Float[Array, "w D"], gradient: Float[Array, "c w"], states: Float[Array, "c D"]) -> Float[Array, "w D"]:
-    """total + gradient^T states, in float32.
+def _add_gradients(table_gradient, exponentials, scale, weight, place, states, table):
+    """Gradients of one chunk in its states [c, D] and, added to `table_gradient`, in the table [w, D]; both float32.
 
-    A CPU makes the product apart from the sum: there a few words at a time, or a second array like `total` would exist.
+    With g_tv = scale_t exp_tv - weight_t [v is t's target]: sum_v g_tv E_v, and sum_t g_tv h_t. A CPU takes the words in
+    parts: a matrix product there is made apart from the sum it goes into, and would be as large as `table_gradient`.
     """
-    def product(gradient):
-        return jnp.einsum("cv,cd->vd", gradient, states, preferred_element_type=jnp.float32)
+    def add(start, size, gradients):
+        in_states, in_table = gradients
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        gradient = part(exponentials, axis=1) * scale[:, None]
+        is_target = start + jnp.arange(size, dtype=place.dtype) == place[:, None]
+        gradient = jnp.where(is_target, gradient - weight[:, None], gradient).astype(states.dtype)
+        in_states += jnp.einsum("cv,vd->cd", gradient, part(table), preferred_element_type=jnp.float32)
+        more = jnp.einsum("cv,cd->vd", gradient, states, preferred_element_type=jnp.float32)
+        return in_states, jax.lax.dynamic_update_slice_in_dim(in_table, part(in_table) + more, start, 0)
 
-    def in_blocks(total, gradient):
-        def add(start, size, total):
-            more = product(jax.lax.dynamic_slice_in_dim(gradient, start, size, 1))
-            return jax.lax.dynamic_update_slice_in_dim(total, jax.lax.dynamic_slice_in_dim(total, start, size) + more, start, 0)
+    def in_parts(gradients):
+        size = -(-count // -(-count // WORDS_AT_ONCE))
+        whole, rest = divmod(count, size)
+        gradients = jax.lax.fori_loop(0, whole, lambda n, gradients: add(n * size, size, gradients), gradients)
+        return add(whole * size, rest, gradients) if rest else gradients
 
-        count, rest = divmod(total.shape[0], WORDS_AT_ONCE)
-        total = jax.lax.fori_loop(0, count, lambda n, total: add(n * WORDS_AT_ONCE, WORDS_AT_ONCE, total), total)
-        return add(count * WORDS_AT_ONCE, rest, total) if rest else total
+    def at_once(gradients):
+        return add(0, count, gradients)
 
-    def at_once(total, gradient):
-        return total + product(gradient)
-
-    if total.shape[0] <= WORDS_AT_ONCE:
-        return at_once(total, gradient)
-    return jax.lax.platform_dependent(total, gradient, cpu=in_blocks, default=at_once)
+    count, start = table.shape[0], (jnp.zeros(states.shape, jnp.float32), table_gradient)
+    if count <= WORDS_AT_ONCE:
+        return at_once(start)
+    return jax.lax.platform_dependent(start, cpu=in_parts, default=at_once)
 
 
 def _split(x, chunk_size):

@@ -105,10 +105,9 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -
         start = (jnp.full(zero.shape[:-1], MASKED), zero[..., 0], zero)
         top, total, out = lax.fori_loop(plan.first[i], plan.end[i], visit, start)
         real = _over_heads(rows.segment_ids > 0, H // K)
+        total = jnp.where(real, total, 1.0)  # padding that nothing was visited for has gathered 0
         out = jnp.where(real[..., None], out / total[..., None], 0).astype(v.dtype)
-        # exp(s - 1e30) is 0: a padding query weighs nothing in the backward pass, whatever its scores are.
-        logsumexp = jnp.where(real, top + jnp.log(total), -MASKED)
-        return _put(outs, _unstack(out, b), i, b), logsumexps.at[i].set(logsumexp)
+        return _put(outs, _unstack(out, b), i, b), logsumexps.at[i].set(top + jnp.log(total))
 
     n = plan.first.shape[0]
     start = (jnp.zeros(q_blocks.shape, v.dtype), jnp.zeros((n, B, K, H // K * b), jnp.float32))

@@ -1,5 +1,6 @@
 """The vocabulary loss on eight devices: the numbers of one device, and no device with logits of words that are not its own."""
 
+import dataclasses
 import re
 
 import jax
@@ -53,11 +54,9 @@ def test_many_devices_give_the_numbers_of_one(data, fsdp, tensor, V, share, monk
 
 @pytest.mark.parametrize("data, fsdp, tensor, share", [(1, 4, 2, 1), (1, 4, 2, 4), (1, 8, 1, 8)])
 def test_no_device_holds_logits_of_all_words(data, fsdp, tensor, share, monkeypatch):
-    """In the compiled program: sizes of 7 x 16 tokens and primes apart from each other, so that an array tells what it is."""
-    monkeypatch.setattr("conan_jax.losses.lm.words_on_mesh",
-                        lambda *_: Words(*(tuple(a for a in axes if sizes[a] > 1) for axes in (("data", "fsdp"), ("tensor",), ("fsdp",))), share))
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    mesh = sharding.make_mesh(config.Mesh(**sizes))
+    """In the compiled program, with sizes that tell what an array is: 263 and 7 divide nothing else here."""
+    monkeypatch.setattr("conan_jax.losses.lm.words_on_mesh", lambda *sizes: dataclasses.replace(words_on_mesh(*sizes), share=share))
+    mesh = sharding.make_mesh(config.Mesh(data, fsdp, tensor))
     V, D, chunk = 8 * 263, 8, 7
     compiled, _ = on_mesh(mesh, problem(16 * chunk, V, D), chunk)
     program = compiled.as_text()

@@ -104,17 +104,19 @@ def test_all_ones_is_what_the_mask_written_out_says(mask, block_q, block_k):
         assert flags[b, i, j] == ones or ones and mask.index == "query" and queries.start < keys.stop and keys.start < queries.stop
 
 
-@pytest.mark.parametrize("index", ["key", "query"])
-def test_the_ends_of_alpha(index):
-    args, layout = arrays(2, 40), packed([40], [11, 20])
-    check(run(*args, SoftMask(jnp.float32(0), index=index), layout, 16), run(*args, Causal(), layout, 16), 0)
-    for apply in ("log", "multiply"):
-        check(run(*args, SoftMask(jnp.float32(1), apply, index), layout, 16), run(*args, Bidirectional(), layout, 16), 0)
+def test_the_ends_of_alpha():
+    """To the bit, outputs and gradients; shapes and dtypes as in the grid, whose programs serve again."""
+    args, layout = arrays(3, 33), packed([33], [11, 20], [5])
+    causal, bidirectional = run(*args, Causal(), layout, 16), run(*args, Bidirectional(), layout, 16)
+    for index in ("key", "query"):
+        check(run(*args, SoftMask(jnp.float32(0), "log", index), layout, 16), causal, 0)
+        for apply in ("log", "multiply"):
+            check(run(*args, SoftMask(jnp.float32(1), apply, index), layout, 16), bidirectional, 0)
 
 
-@pytest.mark.parametrize(("L", "block"), [(1, 1), (1, 512), (2, 16), (15, 16), (16, 16), (17, 16), (97, 64), (130, 128)])
+@pytest.mark.parametrize(("L", "block"), [(1, 1), (1, 512), (5, 2), (15, 16), (16, 16), (17, 16), (130, 128)])
 def test_any_length_with_any_block(L, block):
-    args, layout = arrays(1, L), Layout.from_lengths(jnp.array([L]), L)
+    args, layout = arrays(1, L, *((3, 1) if L % 2 else (3, 3))), Layout.from_lengths(jnp.array([L]), L)
     check(run(*args, SoftMask(0.4), layout, block), run(*args, SoftMask(0.4), layout), 2e-5)
 
 
@@ -130,6 +132,7 @@ def test_blocks_share_a_row_evenly(monkeypatch):
 def test_rows_of_padding_are_zero_whatever_arrives_there(mask):
     q, k, v, w = arrays(3, 40)
     layout = Layout.from_lengths(jnp.array([0, 40, 5]), 40)
+    w = jnp.where(layout.real[..., None, None], w, jnp.nan)
     for x in jax.tree.leaves(run(q, k, v, w, mask, layout, 16)):
         x = np.asarray(x)
         assert np.isfinite(x).all() and (x[0] == 0).all() and (x[2, 5:] == 0).all() and x[1].any() and x[2, :5].any()
@@ -150,7 +153,7 @@ def test_refuses_blocks_of_nothing():
 
 @st.composite
 def cases(draw):
-    L = draw(st.sampled_from([5, 33]))
+    L = 33
     rows = np.zeros((3, L), int)
     for row in rows:
         start = 0
@@ -158,22 +161,21 @@ def cases(draw):
             row[start:start + n] = segment
             start += n
     positions = np.array([[int((row[:i] == s).sum()) if s else 0 for i, s in enumerate(row)] for row in rows])
-    heads = (4, 2) if L == 33 else (3, 1)
     mask = draw(st.sampled_from([Causal(), Bidirectional()] + [SoftMask(jnp.float32(0), p, x) for p in ("log", "multiply")
                                                                for x in ("key", "query")]))
     if isinstance(mask, SoftMask):
         mask = SoftMask(jnp.float32(draw(st.sampled_from([0.0, 0.02, 0.3, 0.8, 1.0]))), mask.apply, mask.index)
-    dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16])) if L == 33 else jnp.float32
-    return rows, positions, heads, mask, dtype, 16 if L == 33 else 2, draw(st.integers(0, 99))
+    dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
+    return rows, positions, mask, dtype, draw(st.integers(0, 99))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(cases())
 def test_grid_against_dense(case):
-    rows, positions, (H, K), mask, dtype, block, seed = case
+    rows, positions, mask, dtype, seed = case
     layout = Layout.from_segments(jnp.asarray(rows), jnp.asarray(positions))
-    args = arrays(*rows.shape, H, K, dtype=dtype, seed=seed)
-    actual = run(*args, mask, layout, block)
+    args = arrays(*rows.shape, dtype=dtype, seed=seed)
+    actual = run(*args, mask, layout, 16)
     assert all(x.dtype == dtype for x in jax.tree.leaves(actual))
     exact = run(*(x.astype(jnp.float32) for x in args), mask, layout)
     check(actual, exact, 2e-5 if dtype == jnp.float32 else 2e-2)
