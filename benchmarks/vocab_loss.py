@@ -25,7 +25,7 @@ from conan_jax.losses import chunked_cross_entropy
 
 from timing import Figure, at_most, parser, plain, ratio, seconds, show, temporary_bytes
 
-TOKENS, WORDS, WIDTH, CHUNK = 4096, 32_000, 512, 512
+TOKENS, WORDS, WIDTH, CHUNK = 4096, 32_000, 512, 1024
 
 
 def naive(hidden, table, targets, weights):
@@ -44,7 +44,7 @@ def recompute(hidden, table, targets, weights):
         states, ids, weight = chunk
         return total + jax.checkpoint(lean)(states, table, ids, weight), None
 
-    chunks = tuple(x.reshape(-1, CHUNK, *x.shape[1:]) for x in (hidden, targets, weights))
+    chunks = tuple(x.reshape(-1, 512, *x.shape[1:]) for x in (hidden, targets, weights))
     return jax.lax.scan(body, jnp.zeros(()), chunks)[0]
 
 
