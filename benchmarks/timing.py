@@ -65,7 +65,7 @@ def show(figures: Iterable[Figure], as_json: bool) -> None:
     for figure in figures:
         figure = figure | {"value": float(f"{figure['value']:.4g}")}
         if as_json:
-            print(json.dumps(figure), flush=True)
+            print(json.dumps({key: figure[key] for key in ("name", "value", "unit", "bar", "holds")}), flush=True)
             continue
         bar = "" if figure["bar"] is None else f"   ({figure['direction']} {figure['bar']:g}: {'holds' if figure['holds'] else 'MISSED'})"
         print(f"{figure['value']:10.4g} {figure['unit']:3} {figure['name']}{bar}", flush=True)
