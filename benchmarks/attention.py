@@ -167,7 +167,7 @@ def main() -> None:
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--run-full", action="store_true", help="also run the full heads at 32,768 tokens once (minutes)")
     arguments = arguments.parse_args()
-    show(measure(arguments.rounds, arguments.run_full), arguments.json)
+    sys.exit(show(measure(arguments.rounds, arguments.run_full), arguments.json) and arguments.check)
 
 
 if __name__ == "__main__":

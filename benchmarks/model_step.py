@@ -10,6 +10,7 @@ made in the code.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 
 import conan_jax  # sets the allocator before jax starts  # noqa: F401
@@ -94,7 +95,7 @@ def measure(rounds: int) -> Iterator[Figure]:
 
 def main() -> None:
     arguments = parser(__doc__, rounds=10).parse_args()
-    show(measure(arguments.rounds), arguments.json)
+    sys.exit(show(measure(arguments.rounds), arguments.json) and arguments.check)
 
 
 if __name__ == "__main__":

@@ -57,25 +57,29 @@ def at_least(bar: float, name: str, value: float, unit: str) -> Figure:
     return plain(name, value, unit) | {"direction": "at least", "bar": bar, "holds": bool(value >= bar)}
 
 
-def show(figures: Iterable[Figure], as_json: bool) -> None:
-    """Print figures as they come, values to four significant digits: one JSON object a line, or a table.
+def show(figures: Iterable[Figure], as_json: bool) -> bool:
+    """Print figures as they come, values to four significant digits: one JSON object a line, or a table. True if one misses its bar.
 
     `holds` is decided on the measured value, before it is rounded for print.
     """
+    missed = False
     for figure in figures:
+        missed |= not figure["holds"]
         figure = figure | {"value": float(f"{figure['value']:.4g}")}
         if as_json:
             print(json.dumps({key: figure[key] for key in ("name", "value", "unit", "bar", "holds")}), flush=True)
             continue
         bar = "" if figure["bar"] is None else f"   ({figure['direction']} {figure['bar']:g}: {'holds' if figure['holds'] else 'MISSED'})"
         print(f"{figure['value']:10.4g} {figure['unit']:3} {figure['name']}{bar}", flush=True)
+    return missed
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """The options of every benchmark, `--rounds` (default `rounds`) and `--json`; a benchmark may add its own."""
+    """The options of every benchmark, `--rounds` (default `rounds`), `--json` and `--check`; a benchmark may add its own."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--rounds", type=_positive, default=rounds, help=f"rounds in which every step runs once (default {rounds})")
     result.add_argument("--json", action="store_true", help="print one JSON object a line")
+    result.add_argument("--check", action="store_true", help="exit 1 when a figure misses its bar")
     return result
 
 

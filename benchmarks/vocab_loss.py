@@ -13,6 +13,7 @@ Memory is what the compiler plans beside arguments and results; time is the medi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import conan_jax  # sets the allocator before jax starts  # noqa: F401
@@ -53,7 +54,7 @@ def chunked(size: int) -> Callable:
 
 
 def measure(rounds: int) -> Iterator[Figure]:
-    """All figures; the bars are those of the issue that asked for the loss at full size."""
+    """All figures. The bars: a tenth less time than the naive loss, an eighth of its memory."""
     r = np.random.default_rng(0)
     arguments = (jnp.asarray(r.normal(size=(TOKENS, WIDTH)), jnp.float32), jnp.asarray(r.normal(size=(WORDS, WIDTH)) / 16, jnp.float32),
                  jnp.asarray(r.integers(0, WORDS, TOKENS), jnp.int32), jnp.ones(TOKENS, jnp.float32))
@@ -77,7 +78,7 @@ def measure(rounds: int) -> Iterator[Figure]:
 
 def main() -> None:
     arguments = parser(__doc__, rounds=5).parse_args()
-    show(measure(arguments.rounds), arguments.json)
+    sys.exit(show(measure(arguments.rounds), arguments.json) and arguments.check)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conan_jax.errors import ConfigError
-from conan_jax.model.blockwise import blockwise_attention
+from conan_jax.model.blockwise import blockwise_attention, stack_heads, unstack_heads
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import MASKED, Mask, mask_bias, mask_matrix, same_segment
 
@@ -30,7 +30,7 @@ def attention(
 
     o_i = sum_j p_ij v_j with p = softmax_j(s_ij + log M_ij) and s = q k^T / sqrt(C); for `apply="multiply"`
     p = softmax_j(s_ij * M_ij). Query head h reads key/value head h // (H / K). Scores and softmax are float32, the
-    result has the dtype of `v`. Padding rows give zeros and zero gradients.
+    result has the dtype of `v`. Padding rows give zeros and zero gradients; alpha is a schedule and gets none.
 
     Args:
         implementation: "dense" holds [B, H, L, L] scores, "blockwise" (any platform) and "pallas_tpu" (TPU kernels) never
@@ -88,15 +88,3 @@ def dense_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, k.shape[1], -1, L)
     out = unstack_heads(jnp.einsum("bkrs,bksc->bkrc", weights, v), L)
     return jnp.where(layout.real[:, :, None, None], out, 0)
-
-
-def stack_heads(q: Float[Array, "B L H C"], K: int) -> Float[Array, "B K GL C"]:
-    """Put the query heads that share a key/value head on rows: one taller matrix product instead of G small ones."""
-    B, L, H, C = q.shape
-    return q.reshape(B, L, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
-
-
-def unstack_heads(o: Float[Array, "B K GL C"], L: int) -> Float[Array, "B L H C"]:
-    """Undo `stack_heads`."""
-    B, K, _, C = o.shape
-    return o.reshape(B, K, -1, L, C).transpose(0, 3, 1, 2, 4).reshape(B, L, -1, C)

@@ -83,7 +83,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -
 
     def row_of_blocks(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         outs, logsumexps = state
-        rows, queries = _block(tokens, i, b), _stack(_block(q_blocks, i, b), K)
+        rows, queries = _block(tokens, i, b), stack_heads(_block(q_blocks, i, b), K)
 
         def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             top, total, out = state
@@ -93,11 +93,11 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -
                 p = jnp.exp(s - new_top[..., None])
                 return p, p.sum(axis=-1), new_top
 
-            s = _dot("bkrc,bksc->bkrs", queries, _stack(_block(k_blocks, j, b), K))
+            s = _dot("bkrc,bksc->bkrs", queries, stack_heads(_block(k_blocks, j, b), K))
             p, sums, new_top = lax.cond(plan.bare[i, j], lambda s: weigh(s * C**-0.5),
                                         lambda s: weigh(_masked(s * C**-0.5, rows, _block(tokens, j, b), mask)), s)
             shrink = jnp.exp(top - new_top)
-            out = out * shrink[..., None] + _dot("bkrs,bksc->bkrc", p.astype(v.dtype), _stack(_block(v_blocks, j, b), K))
+            out = out * shrink[..., None] + _dot("bkrs,bksc->bkrc", p.astype(v.dtype), stack_heads(_block(v_blocks, j, b), K))
             return new_top, total * shrink + sums, out
 
         # A row whose first blocks are all masked gathers exp(0) from them; the first real score shrinks that to exactly 0.
@@ -107,7 +107,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, layout: Layout, b: int) -
         real = _over_heads(rows.segment_ids > 0, H // K)
         total = jnp.where(real, total, 1.0)  # padding that nothing was visited for has gathered 0
         out = jnp.where(real[..., None], out / total[..., None], 0).astype(v.dtype)
-        return _put(outs, _unstack(out, b), i, b), logsumexps.at[i].set(top + jnp.log(total))
+        return _put(outs, unstack_heads(out, b), i, b), logsumexps.at[i].set(top + jnp.log(total))
 
     n = plan.first.shape[0]
     start = (jnp.zeros(q_blocks.shape, v.dtype), jnp.zeros((n, B, K, H // K * b), jnp.float32))
@@ -124,24 +124,24 @@ def _backward(b: int, saved: tuple, d_out: Array) -> tuple:
 
     def row_of_blocks(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dqs, dk, dv = state
-        rows, queries = _block(tokens, i, b), _stack(_block(q_blocks, i, b), K)
+        rows, queries = _block(tokens, i, b), stack_heads(_block(q_blocks, i, b), K)
         d_rows = jnp.where((rows.segment_ids > 0)[..., None, None], _block(d_out_blocks, i, b), 0)
         product = d_rows.astype(jnp.float32) * _block(out_blocks, i, b).astype(jnp.float32)
-        through_softmax = _stack(product.sum(axis=-1, keepdims=True), K)
-        d_rows = _stack(d_rows, K)
+        through_softmax = stack_heads(product.sum(axis=-1, keepdims=True), K)
+        d_rows = stack_heads(d_rows, K)
         # On a CPU, a product that contracts the first axis of both sides runs at a third of the speed: transposed here, once a row.
         queries_t, d_rows_t = queries.swapaxes(2, 3), d_rows.swapaxes(2, 3)
 
         def visit(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
-            keys, columns = _stack(_block(k_blocks, j, b), K), _block(tokens, j, b)
+            keys, columns = stack_heads(_block(k_blocks, j, b), K), _block(tokens, j, b)
 
             def weigh(s: Array) -> Array:
                 return jnp.exp(s - logsumexp[i][..., None])
 
             s = _dot("bkrc,bksc->bkrs", queries, keys)
             p = lax.cond(plan.bare[i, j], lambda s: weigh(s * C**-0.5), lambda s: weigh(_masked(s * C**-0.5, rows, columns, mask)), s)
-            dp = _dot("bkrc,bksc->bkrs", d_rows, _stack(_block(v_blocks, j, b), K))
+            dp = _dot("bkrc,bksc->bkrs", d_rows, stack_heads(_block(v_blocks, j, b), K))
             ds = p * (dp - through_softmax)
             if mask.apply == "multiply":
                 ds = lax.cond(plan.bare[i, j], lambda ds: ds, lambda ds: _per_head(jnp.multiply, ds, _above(rows, columns, mask)), ds)
@@ -151,7 +151,7 @@ def _backward(b: int, saved: tuple, d_out: Array) -> tuple:
             return dq + _dot("bkrs,bksc->bkrc", ds, keys), dk, dv
 
         dq, dk, dv = lax.fori_loop(plan.first[i], plan.end[i], visit, (jnp.zeros(queries.shape, jnp.float32), dk, dv))
-        return _put(dqs, _unstack((dq * C**-0.5).astype(q.dtype), b), i, b), dk, dv
+        return _put(dqs, unstack_heads((dq * C**-0.5).astype(q.dtype), b), i, b), dk, dv
 
     def join(x: Float[Array, "n B K C b"], like: Array) -> Array:
         return x.transpose(1, 0, 4, 2, 3).reshape(B, -1, K, C)[:, :L].astype(like.dtype)
@@ -203,14 +203,14 @@ def _over_heads(x: Array, G: int) -> Array:
     return jnp.tile(x, (1, G))[:, None]
 
 
-def _stack(x: Float[Array, "B b H C"], K: int) -> Float[Array, "B K Gb C"]:
+def stack_heads(x: Float[Array, "B b H C"], K: int) -> Float[Array, "B K Gb C"]:
     """Put the query heads that share a key/value head on rows: one taller matrix product instead of G small ones."""
     B, b, H, C = x.shape
     return x.reshape(B, b, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
 
 
-def _unstack(x: Float[Array, "B K Gb C"], b: int) -> Float[Array, "B b H C"]:
-    """Undo `_stack`."""
+def unstack_heads(x: Float[Array, "B K Gb C"], b: int) -> Float[Array, "B b H C"]:
+    """Undo `stack_heads`."""
     B, K, R, C = x.shape
     return x.reshape(B, K, R // b, b, C).transpose(0, 3, 1, 2, 4).reshape(B, b, -1, C)
 

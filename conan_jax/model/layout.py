@@ -34,8 +34,8 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Int[Array, "B"], L: int) -> Layout:
-        """One right-padded sequence a row, `lengths` true tokens each (0 = an empty row), rows of `L` tokens."""
-        lengths = jnp.asarray(lengths, jnp.int32)[:, None]
+        """One right-padded sequence a row, `lengths` true tokens each (0 = an empty row, at most L count), rows of `L` tokens."""
+        lengths = jnp.minimum(jnp.asarray(lengths, jnp.int32), L)[:, None]
         index = jnp.arange(L, dtype=jnp.int32)[None]
         real = (index < lengths).astype(jnp.int32)
         return cls(segment_ids=real, positions=index * real, lengths=lengths * real)

@@ -1,8 +1,9 @@
-"""Which blocks of scores hold anything: the same answer for every attention that works in blocks.
+"""Which blocks of scores hold anything: one answer for attention in plain JAX and for the TPU kernels.
 
 A segment is a run of tokens, so the keys that a block of queries may see form one run of blocks, and so do the queries
 that see a block of keys. Everything outside the run is zero: padding, other segments and, while the mask is causal, what
-lies above the diagonal. Inside the run, a block whose mask is all ones needs no bias. Runs and flags are data, not shapes:
+lies above the diagonal. Inside the run, a block whose mask is all ones needs no bias (`all_ones`, for plain JAX; the kernels
+tell it from scalars of their own, `kernels/plan.py`). Runs and flags are data, not shapes:
 nothing recompiles when alpha or the lengths change.
 """
 

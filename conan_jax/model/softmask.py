@@ -44,7 +44,7 @@ class SoftMask:
 
     def weights(self, positions: Int[Array, "..."], lengths: Int[Array, "..."]) -> Float[Array, "..."]:
         """min(alpha * l / x, 1) for 0-based `positions` x - 1: the value of M above the diagonal, float32."""
-        alpha = jnp.asarray(self.alpha, jnp.float32)
+        alpha = jax.lax.stop_gradient(jnp.asarray(self.alpha, jnp.float32))  # a schedule, whatever implementation reads it
         return jnp.minimum(alpha * lengths.astype(jnp.float32) / (positions + 1).astype(jnp.float32), 1.0)
 
     def is_causal(self) -> Bool[Array, ""]:

@@ -142,3 +142,20 @@ def test_refusals():
         attention(q, k, v, Causal(), layout)
     with pytest.raises(ConfigError, match="'flash' is not known; use auto, dense, blockwise or pallas_tpu"):
         attention(q[:, :, :2], k, v, Causal(), layout, implementation="flash")
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("apply", ["log", "multiply"])
+def test_alpha_is_a_schedule_and_gets_no_gradient(implementation, apply):
+    q, k, v, w = arrays(3, 1, 7)
+
+    def total(alpha):
+        return jnp.sum(attention(q, k, v, SoftMask(alpha, apply), layout_of(ROWS[7][2:]), implementation=implementation, block_size=4) * w)
+
+    assert jax.grad(total)(0.3) == 0
+    assert total(0.3) != total(0.4)
+
+
+def test_lengths_beyond_the_row_are_those_of_the_row():
+    long, whole = (Layout.from_lengths(jnp.array([n, 3]), 7) for n in (75, 7))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(long), jax.tree.leaves(whole), strict=True))

@@ -48,7 +48,7 @@ def flash_attention(
     device works on its own rows and heads.
 
     Args:
-        q, k, v: bfloat16 or float32, alike; H a multiple of K. Any L, any C.
+        q, k, v: bfloat16 or float32, alike; H a multiple of K. Any L; C up to 128 is compiled and tested.
         block_q, block_k: tokens a side of a block, multiples of 128 on a TPU. Default: 512 keys, and 512 queries while at
             most 4 heads share a key/value head, fewer with more. Blocks longer than the row shrink to it.
         interpret: run on any platform, slowly, for tests.
