@@ -63,7 +63,7 @@ def get_config(variant: str = "full") -> Run:
                       buckets=(Bucket(24, 48), Bucket(48, 96)), soft_mask=SoftMask(), contrastive=Contrastive(temperature=0.05),
                       checkpoint_every=100),
             SupervisedStage(
-                name="supervised", optimizer=dataclasses.replace(adam, learning_rate=1e-3), steps=150, checkpoint_every=50,
+                name="supervised", optimizer=dataclasses.replace(adam, learning_rate=5e-4), steps=150, checkpoint_every=50,
                 tasks=(
                     Task("retrieval", "retrieval", tuple(Mix(f"retrieval_{lang}") for lang in RETRIEVAL_LANGUAGES), 48, Bucket(32, 96)),
                     Task("clr", "retrieval", (Mix("clr"),), 32, Bucket(32, 96)),
@@ -71,6 +71,7 @@ def get_config(variant: str = "full") -> Run:
                          in_batch_negatives=False, num_negatives=3),
                     Task("sts", "sts", tuple(Mix(d.name) for d in sts), 32, Bucket(32, 32), weight=0.8),
                 ),
+                cosent_temperature=0.5,  # as in configs/demo.py: the pairs are few, and retrieval stays in charge
                 hard_negatives=HardNegatives(rule="v2", num_negatives=1, pool_size=8),
                 contrastive=Contrastive(temperature=0.05, false_negative_margin=None),
                 matryoshka=Matryoshka(dims=(64, 128, 256)),
