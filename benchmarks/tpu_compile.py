@@ -116,7 +116,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--list", action="store_true", help="print the names of all cases and compile nothing")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="compile the cases whose name holds NAME; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME",
+                        help="compile the cases whose name holds NAME; may be repeated")
     parser.add_argument("--check", action="store_true", help="exit 1 when a figure misses its bar")
     arguments = parser.parse_args()
     if arguments.list:

@@ -193,7 +193,8 @@ def _print_manifest(folder: Path, manifest: Manifest) -> None:
 
     size = sum(shard.bytes for shard in manifest.shards)
     table = Table(title=escape(str(folder)), show_header=False, title_justify="left")
-    files = f" ({len(manifest.files)} {'file' if len(manifest.files) == 1 else 'files'}, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if manifest.files else ""
+    count = len(manifest.files)
+    files = f" ({count} {'file' if count == 1 else 'files'}, {sum(f.bytes for f in manifest.files) / 1e6:,.1f} MB)" if count else ""
     rows = {"kind": manifest.kind, "records": f"{manifest.records:,}", "shards": f"{len(manifest.shards)}, {size / 1e6:,.1f} MB",
             "source": manifest.source + files,
             "dialects": _counts(manifest.dialects), "rejected": f"{manifest.rejected:,} of {manifest.read:,} ({manifest.reject_rate:.2%})",

@@ -88,6 +88,7 @@ def split_docstring(text: str) -> tuple[str, str, str]:
 
 
 def one_line(text: str) -> str:
+    """`text` with every run of white space as one space."""
     return " ".join(text.split())
 
 

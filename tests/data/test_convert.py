@@ -92,8 +92,8 @@ def test_too_many_rejects_fail_and_leave_the_reasons(tmp_path):
     kept = tmp_path / "out.rejects.jsonl"
     said = str(caught.value)
     assert str(kept) in said and len(kept.read_text().splitlines()) == 3 and "--max-reject-rate" in said and "--field" in said
-    assert re.search(r"  2 empty_text: .*\n    first at .*a.jsonl:98: text is empty\n  1 missing_field: .*\n    first at .*a.jsonl:100: found tekst",
-                     said)
+    assert re.search(r"  2 empty_text: .*\n    first at .*a.jsonl:98: text is empty\n"
+                     r"  1 missing_field: .*\n    first at .*a.jsonl:100: found tekst", said)
     assert not (tmp_path / "out").exists()
     assert build_dataset(Dataset("d", "text", source, max_reject_rate=0.03), tmp_path / "out").records == 97
     assert not kept.exists()
