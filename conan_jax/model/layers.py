@@ -6,8 +6,6 @@ XLA's CPU backend materialises transposes in the gradient.
 
 from __future__ import annotations
 
-from math import prod
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from conan_jax import config
 from conan_jax.model.attention import attention
+from conan_jax.model.axes import current_axes
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import Mask
 
@@ -99,15 +98,9 @@ class SwiGLU(nn.Module):
 
 def constrain(x: Array, *names: str | None) -> Array:
     """`nn.with_logical_constraint`, except that a dimension which the devices do not divide stays whole (2 kv heads over 4 devices)."""
-    rules, sizes = nn.get_logical_axis_rules(), dict(jax.sharding.get_abstract_mesh().shape)
-    if not rules or not sizes:
+    if not nn.get_logical_axis_rules() or jax.sharding.get_abstract_mesh().empty:
         return x
-
-    def parts(name: str | None) -> int:
-        axes = dict(rules).get(name) or ()
-        return prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
-
-    divided = (name if size % parts(name) == 0 else None for name, size in zip(names, x.shape, strict=True))
+    divided = (name if current_axes(name, size) else None for name, size in zip(names, x.shape, strict=True))
     return nn.with_logical_constraint(x, tuple(divided))
 
 

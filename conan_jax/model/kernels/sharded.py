@@ -7,8 +7,9 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
+
+from conan_jax.model.axes import current_axes
 
 # Where an operand of attention has its rows and its heads, as "batch" and "heads"; a name stands for a whole pytree.
 FORMS = {"tokens by heads": ("batch", None, "heads"), "heads by tokens": ("batch", "heads"), "tokens": ("batch",), "shared": ()}
@@ -28,7 +29,7 @@ def by_device(f: Callable, rows: int, kv_heads: int, operands: tuple[str, ...], 
     mesh = jax.sharding.get_abstract_mesh()
     if prod(dict(mesh.shape).values()) == 1 or AxisType.Manual in mesh.axis_types:
         return f
-    axes = {None: None, "batch": _axes("batch", rows, mesh), "heads": _axes("kv_heads", kv_heads, mesh)}
+    axes = {None: None, "batch": current_axes("batch", rows) or None, "heads": current_axes("kv_heads", kv_heads) or None}
 
     def specs(forms: tuple[str, ...]) -> tuple[PartitionSpec, ...]:
         return tuple(PartitionSpec(*(axes[name] for name in FORMS[form])) for form in forms)
@@ -36,10 +37,3 @@ def by_device(f: Callable, rows: int, kv_heads: int, operands: tuple[str, ...], 
     # Results are never replicated by exchange, so the check of replication, which kernels do not support, has nothing to find.
     split = jax.shard_map(f, in_specs=specs(operands), out_specs=specs(results), check_vma=False)
     return lambda *args: split(*jax.tree.map(jnp.asarray, args))
-
-
-def _axes(name: str, size: int, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...] | None:
-    """The mesh axes of a logical axis, or None where they do not divide `size`."""
-    axes = dict(nn.get_logical_axis_rules()).get(name) or ()
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    return axes if axes and size % prod(mesh.shape[axis] for axis in axes) == 0 else None
