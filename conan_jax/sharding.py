@@ -49,7 +49,7 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     Raises `ConfigError` when the sizes do not fit the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = [sizes.data, sizes.fsdp, sizes.tensor]
+    shape = list(sizes.sizes)
     fixed = math.prod(s for s in shape if s > 0)
     if -1 in shape:
         if len(devices) % fixed:

@@ -8,7 +8,7 @@ file or a TFDS name. Batch sizes are global: the published per-device batch time
 import dataclasses
 
 from conan_jax.config import (
-    Bucket, Contrastive, Dataset, Evaluation, HardNegatives, LMStage, Matryoshka, Mesh, Mix, Model, Optimizer, Run,
+    Bucket, Contrastive, Dataset, Evaluation, HardNegatives, LMStage, Matryoshka, Mix, Model, Optimizer, Run,
     SoftMask, SupervisedStage, Task, Tokenizer, WeakStage,
 )
 

@@ -9,8 +9,11 @@ PACKAGE = Path(__file__).parent.parent / "conan_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later rooms may import earlier ones; within one number only the same room.
-FOUNDATION = {"errors", "files", "config", "config_io", "allocator"}
-LEVEL = dict.fromkeys(FOUNDATION, 0) | {"sharding": 1, "data": 1, "losses": 1, "model": 2, "stages": 3, "train": 4, "eval": 5, "cli": 6, "__main__": 7}
+FOUNDATION = {"errors", "files", "config", "config_io", "allocator", "hardware"}
+LEVEL = dict.fromkeys(FOUNDATION, 0) | {
+    "distributed": 1, "launch": 1, "sharding": 2, "data": 2, "losses": 2, "model": 3, "stages": 4, "train": 5, "eval": 6, "preflight": 6,
+    "cli": 7, "__main__": 8,
+}
 
 
 def imported(file: Path) -> set[str]:

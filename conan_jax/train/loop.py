@@ -20,6 +20,7 @@ from conan_jax import config, sharding
 from conan_jax.errors import Preempted, TrainingError
 from conan_jax.stages.base import Stage
 from conan_jax.train import checkpoint, metrics, optimizer, state
+from conan_jax.train.introduction import introduction
 from conan_jax.train.step import make_train_step
 
 MAX_SKIPPED_IN_ROW = 5
@@ -71,10 +72,10 @@ def train_stage(
     with sharding.activate(mesh), contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(_stop_on_signal())
         abstract = state.abstract_state(embedder, stage, updates, pipeline.num_examples, mesh)
-        parameters, body = state.count_parameters(abstract.params, axes)
+        _, body = state.count_parameters(abstract.params, axes)
         flops = metrics.flops_per_token(run.model, stage_config, body)
 
-        for line in _introduction(stage_config, stage, start, parameters, body, mesh, sharding.undivided(axes, abstract.params, mesh)):
+        for line in introduction(stage_config, stage, start, abstract, axes, mesh):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         metadata = checkpoint.make_metadata(run, stage_config, tokenizer_sha256)
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder, stage_config.keep_checkpoints, metadata)))
@@ -140,25 +141,6 @@ def _example_ids(batch: Mapping[str, Any], task: str = "") -> str:
         elif isinstance(value, Mapping):
             parts.append(_example_ids(value, f"{task}.{key}".strip(".")))
     return "; ".join(part for part in parts if part)
-
-
-def _introduction(
-    stage_config: config.Stage, stage: Stage, start: checkpoint.Start, parameters: int, body: int, mesh: jax.sharding.Mesh,
-    undivided: list[str],
-) -> Iterator[str]:
-    """What a person wants to know before the first step."""
-    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield f"stage {stage_config.name} ({stage_config.kind}), {stage_config.steps:,} steps"
-    facts: dict[str, Any] = {
-        "start": start,
-        "parameters": f"{parameters:,} ({body:,} outside the embedding table)",
-        "mesh": f"{sizes} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
-        **stage.describe(),
-    }
-    if undivided:
-        facts["whole on every device"] = ", ".join(undivided)
-    for label, value in facts.items():
-        yield f"  {label}: {value:,}" if isinstance(value, int) else f"  {label}: {value}"
 
 
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:

@@ -35,7 +35,7 @@ def train(attention: str, monkeypatch) -> tuple[dict, list[dict[str, float]], se
     embedder = Embedder(run.model)
     stage, axes = make_stage(stage_config, embedder), embedder.axes()
     updates = optimizer.make_optimizer(stage_config.optimizer, STEPS, axes)
-    mesh = sharding.make_mesh(dataclasses.replace(run.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
     with sharding.activate(mesh):
         abstract = state.abstract_state(embedder, stage, updates, pipeline.num_examples, mesh)
         current = state.begin(state.scratch_params(embedder, abstract, run.seed), abstract,

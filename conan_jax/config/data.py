@@ -1,0 +1,101 @@
+"""Datasets, how stages mix them, and what is held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from conan_jax.config.checks import check, positive
+
+
+RecordKind = Literal["text", "sft", "pair", "retrieval", "sts", "labelled"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where records come from and what they are.
+
+    `source` is a path or glob of jsonl(.gz), csv, tsv, parquet or txt files (`$NAME` is taken from the
+    environment; several are joined by `;`), `tfds:NAME[/CONFIG]:SPLIT`, or `docstrings:PART`, the documentation of the
+    installed packages. `fields` maps our field names to the source's columns
+    when they are not among the accepted spellings. `instruction` is the task in the query prompt.
+    """
+
+    name: str
+    kind: RecordKind
+    source: str
+    fields: dict[str, str] = field(default_factory=dict)
+    instruction: str = ""
+    limit: int | None = None
+    max_reject_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        check(self.name.replace("_", "").replace("-", "").isalnum(), f"dataset name {self.name!r} may hold letters, digits, - and _ only")
+        check(0 <= self.max_reject_rate <= 1, f"{self.name}.max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
+        check(self.limit is None or self.limit > 0, f"{self.name}.limit must be positive or null, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One dataset of a mixture. `weight` is its share of the batches; None means by its number of records."""
+
+    dataset: str
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.weight is None or self.weight > 0, f"the weight of {self.dataset} must be positive or null, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One compiled shape of a contrastive batch, in tokens: queries and passages are cut to these lengths."""
+
+    query_length: int
+    passage_length: int
+
+    def __post_init__(self) -> None:
+        positive(self, "query_length", "passage_length")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sub-batch of the supervised stage.
+
+    `retrieval`: query, positive and a candidate pool (CLR is the same with queries in another language).
+    `classification`: a text, its label text (or another example of its class) and `num_negatives` of other labels.
+    `sts`: two sentences and a graded score.
+    """
+
+    name: str
+    kind: Literal["retrieval", "classification", "sts"]
+    datasets: tuple[Mix, ...]
+    global_batch_size: int
+    bucket: Bucket
+    weight: float = 1.0
+    in_batch_negatives: bool = True  # used by retrieval and classification
+    num_negatives: int = 7  # used by classification
+    positives: Literal["label", "example"] = "label"  # used by classification
+
+    def __post_init__(self) -> None:
+        check(bool(self.datasets), f"task {self.name!r} names no datasets")
+        positive(self, "global_batch_size", "weight", "num_negatives")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out set, scored after every stage.
+
+    `retrieval`: `path` is a BEIR folder (corpus.jsonl[.gz], queries.jsonl[.gz], qrels/SPLIT.tsv).
+    `sts`: `path` is a file of sentence1, sentence2, score. `classification`: `path` is a test file of text,
+    label and `train_path` its training file. `main=True` marks the set whose figures stand in summary.json.
+    """
+
+    name: str
+    kind: Literal["retrieval", "sts", "classification"]
+    path: str
+    train_path: str | None = None
+    split: str = "dev"
+    instruction: str = ""
+    max_queries: int | None = None
+    max_length: int = 256
+    main: bool = False

@@ -1,0 +1,99 @@
+"""The four kinds of stage, and stages from outside the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from conan_jax.config.checks import check, positive
+from conan_jax.config.data import Bucket, Mix, Task
+from conan_jax.config.objectives import Contrastive, HardNegatives, Matryoshka, SoftMask
+from conan_jax.config.training import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every stage has. `kind` is a key of STAGES or "package.module:attr"."""
+
+    name: str
+    kind: str
+    steps: int
+    optimizer: Optimizer = Optimizer()
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "checkpoint_every", "keep_checkpoints", "log_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMStage(Stage):
+    """Next-token training on packed rows: `pretrain` on all tokens, `sft` on output tokens (METHODS 1.2)."""
+
+    kind: Literal["pretrain", "sft"]
+    datasets: tuple[Mix, ...]
+    global_batch_size: int = 256
+    sequence_length: int = 4096
+    loss_chunk_size: int = 512  # tokens a device whose logits exist at one time
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.datasets), f"stage {self.name!r} names no datasets")
+        positive(self, "global_batch_size", "sequence_length", "loss_chunk_size")
+        check(self.z_loss >= 0, f"{self.name}.z_loss must not be negative, got {self.z_loss}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeakStage(Stage):
+    """Weakly supervised contrastive training on pairs under the soft mask (METHODS 1.2, 1.3, 1.5)."""
+
+    kind: Literal["weak"] = "weak"
+    datasets: tuple[Mix, ...]
+    global_batch_size: int = 1024
+    buckets: tuple[Bucket, ...] = (Bucket(512, 512),)
+    soft_mask: SoftMask = SoftMask()
+    contrastive: Contrastive = Contrastive()
+    matryoshka: Matryoshka = Matryoshka()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.datasets), f"stage {self.name!r} names no datasets")
+        check(bool(self.buckets), f"stage {self.name!r} names no buckets")
+        positive(self, "global_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedStage(Stage):
+    """Supervised contrastive training: every update holds every task, hard negatives move (METHODS 1.2, 1.4, 1.5)."""
+
+    kind: Literal["supervised"] = "supervised"
+    tasks: tuple[Task, ...]
+    update: Literal["all_tasks", "one_task"] = "all_tasks"
+    hard_negatives: HardNegatives = HardNegatives()
+    contrastive: Contrastive = Contrastive(false_negative_margin=None)
+    cosent_temperature: float = 0.05
+    matryoshka: Matryoshka = Matryoshka()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.tasks), f"stage {self.name!r} names no tasks")
+        names = [t.name for t in self.tasks]
+        check(len(set(names)) == len(names), f"stage {self.name!r} names a task twice: {names}")
+        positive(self, "cosent_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomStage(Stage):
+    """A stage from outside the package: `kind="package.module:attr"`, with its own `options`."""
+
+    datasets: tuple[Mix, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(":" in self.kind, f'stage kind {self.kind!r} must be "package.module:attr"')
+
+
+AnyStage = LMStage | WeakStage | SupervisedStage | CustomStage
