@@ -35,7 +35,6 @@ def get_config(variant: str = "full") -> Run:
         datasets=datasets,
         tokenizer=Tokenizer(vocab_size=151_000, datasets=("lm",)),
         model=Model(),
-        mesh=Mesh(data=1, fsdp=-1, tensor=1),
         stages=(
             LMStage(
                 name="pretrain", kind="pretrain", datasets=(Mix("lm"),), optimizer=peak,

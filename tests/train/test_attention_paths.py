@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from conan_jax import config_io, sharding
+from conan_jax import config, config_io, sharding
 from conan_jax.data.pipeline import Pipeline
 from conan_jax.model import Embedder
 from conan_jax.stages import make_stage
