@@ -35,3 +35,11 @@ class Preempted(ConanError):
     """The run was asked to stop; its state is saved and the same command resumes it."""
 
     exit_code = EXIT_RESUMABLE
+
+
+class PeerError(ConanError):
+    """Another process of the same run failed, ended, or cannot be reached; carries the exit code to end with alike."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_RESUMABLE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

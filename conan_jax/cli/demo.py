@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from conan_jax.cli.config import SetOption
+
+if TYPE_CHECKING:
+    from conan_jax.cli.recipe import Recipe
 
 QUESTIONS = (
     "how do I read a file line by line",
@@ -49,7 +52,16 @@ def demo(
     """
     import conan_jax
     from conan_jax import config_io
-    from conan_jax.cli.recipe import Recipe
+    from conan_jax.cli.recipe import together
+
+    configs = Path(conan_jax.__file__).parents[1] / "configs"
+    with together(config_io.load_run(f"{configs / 'demo.py'}:{variant}", overrides)) as (recipe, peers):
+        summary = recipe.train(peers, fresh=fresh)
+        peers.alone("search", lambda: _show(recipe, summary))
+
+
+def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Index the documentation, answer some questions, write the report."""
     from conan_jax.cli.search import results_table as answers_table
     from conan_jax.cli.tables import results_table
     from conan_jax.data.locations import resolve
@@ -58,11 +70,7 @@ def demo(
     from conan_jax.files import write_json
     from conan_jax.train.report import write_report
 
-    console = Console()
-    configs = Path(conan_jax.__file__).parents[1] / "configs"
-    run = config_io.load_run(f"{configs / 'demo.py'}:{variant}", overrides)
-    recipe = Recipe(run, console)
-    summary = recipe.train(fresh=fresh)
+    run, console = recipe.run, recipe.console
     encoder = Encoder.load(recipe.folder / run.stages[-1].name)
     index = build_index(encoder, Path(resolve(run, "docstrings:search")), recipe.folder / "index")
     answers = {question: search(index, encoder, question, 3) for question in QUESTIONS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import typer
@@ -56,16 +57,22 @@ def run() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    code: int | str | None = 1
     try:
         app()
     except _Stopped:
         _say("stopped; start the same command again to go on")
-        sys.exit(EXIT_RESUMABLE)
+        code = EXIT_RESUMABLE
     except ConanError as error:
         _say(str(error))
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except SystemExit as stop:  # a mistyped flag must not look resumable to a scheduler
-        sys.exit(EXIT_BAD_INPUT if stop.code == 2 else stop.code)
+        code = EXIT_BAD_INPUT if stop.code == 2 else stop.code
+    except Exception:
+        traceback.print_exc()
+    if code and "conan_jax.distributed" in sys.modules:
+        sys.modules["conan_jax.distributed"].leave(code)
+    sys.exit(code)
 
 
 class _Stopped(BaseException):

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from conan_jax import config, config_io
+from conan_jax import config, config_io, distributed
 from conan_jax.errors import ConfigError
 from conan_jax.files import read_json, write_json
 
@@ -19,7 +19,7 @@ FREE_KEYS = {"log_every", "checkpoint_every", "keep_checkpoints"}  # may change 
 
 
 class Recipe:
-    """One run in one folder: what `conan train`, `conan prepare` and `conan demo` do."""
+    """One run in one folder: what `conan train`, `conan prepare` and `conan demo` do. Process 0 alone prepares, evaluates and writes."""
 
     def __init__(self, run: config.Run, console: Console) -> None:
         from conan_jax.model import Embedder
@@ -40,13 +40,20 @@ class Recipe:
                 self._prepared = prepare(self.run, console=self.console)
         return self._prepared
 
-    def train(self, only: str | None = None, fresh: bool = False) -> dict[str, Any]:
-        """Train every stage, or the one called `only`, evaluate each when it ends, and return the summary.
+    def train(self, peers: distributed.Peers, only: str | None = None, fresh: bool = False) -> dict[str, Any] | None:
+        """Train every stage, or the one called `only`, evaluate each when it ends, and return the summary (None off process 0).
 
         Stages that are complete are not trained again, an interrupted one goes on from its last checkpoint. `fresh` forgets the
         stages to train and those after them, which descend from them.
         """
         stages = [self.run.stage(only)] if only else list(self.run.stages)
+        peers.alone("prepare", lambda: self._begin(stages, fresh))
+        for stage in stages:
+            self._train_stage(stage, peers)
+        return peers.alone("summarise", self.summarise)
+
+    def _begin(self, stages: list[config.AnyStage], fresh: bool) -> None:
+        """All that comes before the first stage."""
         if fresh:
             self._forget(self.run.stages[self.run.stages.index(stages[0]):])
         self._refuse_changed_recipe(stages)
@@ -54,9 +61,6 @@ class Recipe:
         self.prepare()
         write_json(self.folder / "config.json", config_io.to_dict(self.run))
         self._evaluate_baselines()
-        for stage in stages:
-            self._train_stage(stage)
-        return self.summarise()
 
     def _forget(self, stages: Sequence[config.AnyStage]) -> None:
         """Remove what was trained in `stages`, and the index that the last of them made."""
@@ -75,30 +79,45 @@ class Recipe:
             raise ConfigError(f"stage {stage_config.name!r} starts from stage {previous.name!r}, which has no checkpoint in {self.folder}; "
                               "train that first, or drop it from the recipe's stages to start from scratch")
 
-    def _train_stage(self, stage_config: config.AnyStage) -> None:
+    def _train_stage(self, stage_config: config.AnyStage, peers: distributed.Peers) -> None:
         from conan_jax.data.pipeline import Pipeline
         from conan_jax.stages import make_stage
         from conan_jax.train.loop import train_stage
 
         folder = self.folder / stage_config.name
-        tokenizer = self._prepared.tokenizer
-        with self._timed(stage_config.name):
+        tokenizer = self._tokenizer()
+        with self._timed(stage_config.name) if peers.index == 0 else contextlib.nullcontext():
             result = train_stage(
                 self.run,
                 stage_config,
                 stage=make_stage(stage_config, self.embedder),
                 embedder=self.embedder,
-                pipeline=Pipeline(self.run, stage_config, tokenizer),
+                pipeline=Pipeline(self.run, stage_config, tokenizer, host_index=peers.index, host_count=peers.count),
                 tokenizer_sha256=tokenizer.sha256,
                 folder=folder,
                 previous_folder=self._previous_folder(stage_config),
                 console=self.console,
             )
-        done = read_json(folder / "evaluation.json", {})
-        if result.trained_steps or set(done) != {e.name for e in self.evaluations}:
-            from conan_jax.eval.encoder import Encoder
+        peers.alone(f"evaluate-{stage_config.name}", lambda: self._evaluate_stage(folder, trained=result.trained_steps > 0))
 
-            self._evaluate(stage_config.name, Encoder.load(folder), folder / "evaluation.json")
+    def _tokenizer(self) -> Any:
+        """The tokenizer of the prepared data, which only process 0 prepared."""
+        from conan_jax.data.folders import tokenizer_folder
+        from conan_jax.data.locations import expand_variables
+        from conan_jax.data.tokenizer import Tokenizer
+
+        if self._prepared is not None:
+            return self._prepared.tokenizer
+        path = self.run.tokenizer.path
+        return Tokenizer.load(tokenizer_folder(self.run) if path is None else expand_variables(path))
+
+    def _evaluate_stage(self, folder: Path, trained: bool) -> None:
+        """Score what was trained, or what was never scored on these sets."""
+        from conan_jax.eval.encoder import Encoder
+
+        done = read_json(folder / "evaluation.json", {})
+        if trained or set(done) != {e.name for e in self.evaluations}:
+            self._evaluate(folder.name, Encoder.load(folder), folder / "evaluation.json")
 
     def _previous_folder(self, stage_config: config.AnyStage) -> Path | None:
         names = [s.name for s in self.run.stages]
@@ -194,6 +213,17 @@ class Recipe:
                 f"{self.folder} holds a run with another configuration: {shown}{' ...' if len(changed) > 5 else ''}. "
                 "Give the new one a name of its own (--set name=...), or train it anew with --fresh."
             )
+
+
+@contextlib.contextmanager
+def together(run: config.Run, *, on_stderr: bool = False) -> Iterator[tuple[Recipe, distributed.Peers]]:
+    """A recipe and the processes that run it, met in its folder; the consoles of all but process 0 are silent."""
+    distributed.initialise()
+    with distributed.Peers(Path(run.output_dir)) as peers:
+        console = Console(stderr=on_stderr, quiet=peers.index > 0)
+        console.print(peers, highlight=False)
+        peers.alone("open", peers.forget_earlier)
+        yield Recipe(run, console), peers
 
 
 def headline(figures: dict[str, float]) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
 from conan_jax.cli.config import ConfigArgument, SetOption
+
+if TYPE_CHECKING:
+    from conan_jax.cli.recipe import Recipe
 
 
 def train(
@@ -34,18 +38,21 @@ def train(
         CONAN_DATA=/data conan train configs/conan_v2.py:tiny --set weak.soft_mask.schedule=accelerate
     """
     from conan_jax import config_io
-    from conan_jax.cli.recipe import Recipe
+    from conan_jax.cli.recipe import together
+
+    with together(config_io.load_run(config, overrides), on_stderr=as_json) as (recipe, peers):
+        summary = recipe.train(peers, stage, fresh)
+        peers.alone("report", lambda: _finish(recipe, summary, as_json))
+
+
+def _finish(recipe: Recipe, summary: dict[str, Any], as_json: bool) -> None:
     from conan_jax.cli.tables import results_table
     from conan_jax.train.report import write_report
 
-    console = Console(stderr=as_json)
-    run = config_io.load_run(config, overrides)
-    recipe = Recipe(run, console)
-    summary = recipe.train(stage, fresh)
-    report_file = write_report(recipe.folder)
+    report_file, console = write_report(recipe.folder), recipe.console
     if as_json:
         typer.echo(json.dumps(summary))
-    elif run.evaluations:
+    elif recipe.run.evaluations:
         console.print(results_table(summary))
     else:
         console.print("no figures: the recipe names no evaluations")

@@ -28,10 +28,12 @@ class Run:
     seed: int = 0
     output_dir: str = ""  # default runs/NAME
     data_dir: str = ""  # prepared data, shareable between runs; default OUTPUT_DIR/data
+    watchdog_seconds: int = 1800  # a step, a compilation or a save that takes longer is taken for a hang
 
     def __post_init__(self) -> None:
         check(bool(self.name) and set(self.name) <= set(f"{ascii_letters}{digits}_-.") and self.name.strip(".") != "",
                f"name {self.name!r} may hold letters, digits, '-', '_' and '.' only: it names the folder runs/NAME")
+        check(self.watchdog_seconds > 0, f"watchdog_seconds must be positive, got {self.watchdog_seconds}")
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.name}")
         object.__setattr__(self, "data_dir", self.data_dir or f"{self.output_dir}/data")
         for what, items in (("stage", self.stages), ("dataset", self.datasets), ("evaluation", self.evaluations)):

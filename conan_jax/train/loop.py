@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from conan_jax import config, sharding
-from conan_jax.errors import Preempted, TrainingError
+from conan_jax import config, distributed, sharding
+from conan_jax.errors import CheckpointError, PeerError, Preempted, TrainingError
 from conan_jax.stages.base import Stage
 from conan_jax.train import checkpoint, metrics, optimizer, state
 from conan_jax.train.introduction import introduction
 from conan_jax.train.step import make_train_step
+from conan_jax.train.watchdog import Watchdog
 
 MAX_SKIPPED_IN_ROW = 5
 
@@ -45,18 +46,20 @@ def train_stage(
     previous_folder: Path | None = None, console: Console | None = None, stop: Callable[[], bool] | None = None,
     devices: list[jax.Device] | None = None,
 ) -> StageResult:
-    """Train one stage to its last step, from wherever `checkpoint.find_start` says.
+    """Train one stage to its last step, from wherever `checkpoint.find_start` says. Every process of a run calls it alike.
 
     Args:
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
-        stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do.
+        stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
+            any may be asked: all of them stop at the same step, one later than the one where the first was asked.
 
     Raises:
         Preempted: asked to stop; the state is saved at the step reached.
         TrainingError: five updates in a row were not finite. Checkpoints stay as they are.
         CheckpointError: a checkpoint does not belong to this run, or cannot be written or read.
+        PeerError: another process is gone.
     """
-    console = console or Console()
+    console, is_main = console or Console(), distributed.is_main()
     start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256)
     if start.kind == "resume" and start.step >= stage_config.steps:
         console.print(f"stage {stage_config.name}: complete at step {start.step:,}", highlight=False, markup=False)
@@ -69,41 +72,55 @@ def train_stage(
     updates = optimizer.make_optimizer(stage_config.optimizer, stage_config.steps, axes)
     fresh = partial(state.fresh_state, stage=stage, optimizer=updates, num_examples=pipeline.num_examples)
 
-    with sharding.activate(mesh), contextlib.ExitStack() as stack:
+    with sharding.activate(mesh), Watchdog(run.watchdog_seconds) as watchdog, _peers_may_end(), contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(_stop_on_signal())
+        agreement = distributed.Agreement(mesh)
         abstract = state.abstract_state(embedder, stage, updates, pipeline.num_examples, mesh)
         _, body = state.count_parameters(abstract.params, axes)
         flops = metrics.flops_per_token(run.model, stage_config, body)
 
-        for line in introduction(stage_config, stage, start, abstract, axes, mesh):
+        for line in introduction(stage_config, stage, start, abstract, axes, mesh) if is_main else ():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         metadata = checkpoint.make_metadata(run, stage_config, tokenizer_sha256)
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder, stage_config.keep_checkpoints, metadata)))
+        watchdog.beat(str(start))
         current = checkpoint.load_start(start, abstract, scratch=lambda: state.scratch_params(embedder, abstract, run.seed),
                                         begin=lambda params: state.begin(params, abstract, fresh))
         train_step = make_train_step(stage, updates, schedule, run.seed, abstract)
 
         first = start.step if start.kind == "resume" else 0
-        recorder = stack.enter_context(contextlib.closing(metrics.Recorder(folder, stage_config, first, console, flops, _peak_flops(mesh))))
+        recorder = metrics.Recorder(folder, stage_config, first, console, flops, _peak_flops(mesh)) if is_main else metrics.Silent(flops)
+        stack.enter_context(contextlib.closing(recorder))
         late = _OneStepLate(recorder, pipeline)
         batches = stack.enter_context(_closing_iterator(pipeline.iterate(first)))
 
+        def save(step: int) -> None:
+            late.flush()  # a record is never younger than the checkpoint that a resumed run starts from
+            watchdog.beat(f"saving step {step}")
+            checkpoints.save(step, current)
+
+        def stopped(step: int) -> Preempted:
+            watchdog.beat(f"the save of step {step}")
+            checkpoints.wait()
+            return Preempted(f"stage {stage_config.name!r} stopped at step {step} of {stage_config.steps}; "
+                             "start the same command again to go on")
+
         for step in range(first + 1, stage_config.steps + 1):
-            if stop():
+            watchdog.beat(f"step {step - 1}")
+            if agreement.ask(stop()):
                 if step > first + 1:
-                    late.flush()
-                    checkpoints.save(step - 1, current)
-                    checkpoints.wait()
-                raise Preempted(f"stage {stage_config.name!r} stopped at step {step - 1} of {stage_config.steps}; "
-                                "start the same command again to go on")
+                    save(step - 1)
+                raise stopped(step - 1)
             began = time.perf_counter()
             batch = next(batches)
             recorder.meter.waited(time.perf_counter() - began)
             current, step_metrics = train_step(current, sharding.global_batch(batch, mesh))
             late.put(step, step_metrics)
             if step == stage_config.steps or step % stage_config.checkpoint_every == 0:
-                late.flush()  # a record is never younger than the checkpoint that a resumed run starts from
-                checkpoints.save(step, current)
+                save(step)
+        if agreement.settle(stop()):
+            raise stopped(stage_config.steps)
+        watchdog.beat(f"the save of step {stage_config.steps}")
         checkpoints.wait()
         return StageResult(folder, stage_config.steps, recorder.meter.seconds, recorder.last, stage_config.steps - first)
 
@@ -111,7 +128,7 @@ def train_stage(
 class _OneStepLate:
     """Reads the metrics of a step after the next one was dispatched, so that the device never waits for the host."""
 
-    def __init__(self, recorder: metrics.Recorder, pipeline: Any) -> None:
+    def __init__(self, recorder: metrics.Recorder | metrics.Silent, pipeline: Any) -> None:
         self._recorder, self._pipeline = recorder, pipeline
         self._waiting: tuple[int, Any] | None = None
 
@@ -146,6 +163,20 @@ def _example_ids(batch: Mapping[str, Any], task: str = "") -> str:
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     peak = metrics.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     return peak * mesh.devices.size if peak is not None else None
+
+
+@contextlib.contextmanager
+def _peers_may_end() -> Iterator[None]:
+    """What a collective raises when a process at its other end is gone is no fault of this one: the same command goes on."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if jax.process_count() == 1 or not isinstance(cause, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(cause):
+            raise
+        first_line = str(cause).strip().partition("\n")[0]
+        raise PeerError(f"a collective failed, as it does when another process is gone: {first_line}. Look at the other processes' "
+                        "output; start the same command again to go on") from error
 
 
 @contextlib.contextmanager

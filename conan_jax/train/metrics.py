@@ -236,6 +236,21 @@ class Recorder:
         self._lines.close()
 
 
+class Silent:
+    """The recorder of a process that is not process 0: it keeps the time and writes nothing."""
+
+    last: dict[str, Any] = {}
+
+    def __init__(self, flops: float) -> None:
+        self.meter = Meter(flops, None)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Process 0 writes the same figures."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def _clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
