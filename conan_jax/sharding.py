@@ -125,11 +125,42 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def row_parts() -> int:
+    """Parts into which the current mesh splits the rows of a batch; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
+
+
 def batch_parts(rows: int) -> int:
     """Parts the rows of a batch are split into by the current mesh; 1 without a mesh, or where it does not divide them."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
-    return parts if rows % parts == 0 else 1
+    return row_parts() if rows % row_parts() == 0 else 1
+
+
+def split_axis(x: jax.Array, axis: int = 0) -> jax.Array:
+    """`x` inside a jitted function, with `axis` split as the rows of a batch are and the rest whole."""
+    return _constrain(x, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x` inside a jitted function, whole on every device."""
+    return _constrain(x, PartitionSpec())
+
+
+def as_parameters(tree: Any, axes_tree: Any) -> Any:
+    """`tree` inside a jitted function, laid out by its logical axes: parameters, or gradients that are to lie as they do.
+
+    A gradient that flows back through it takes the same layout: what devices add up for it is scattered at once, not kept whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.shape:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x, axes: _constrain(x, partition_spec(axes, x.shape, mesh, _name(path))), tree, axes_tree)
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(x, spec) if math.prod(sizes.values()) > 1 else x
 
 
 def global_batch(local: Any, mesh: jax.sharding.Mesh) -> Any:

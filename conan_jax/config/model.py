@@ -25,6 +25,7 @@ class Model:
     initializer_range: float = 0.02
     embedding_initializer_range: float | None = None  # None: initializer_range
     embedding_multiplier: float = 1.0  # token embeddings x this enter the first block; logits use the bare table
+    hidden_dropout: float = 0.0  # of what each block adds to the residual stream; in training only
     pooling: str = "mean"  # a key of POOLINGS, or "package.module:attr"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # parameters are always float32
     scan_layers: bool = True  # one compiled layer body (TPU); False unrolls (17-20 % faster on CPU)
@@ -37,6 +38,7 @@ class Model:
                   "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "embedding_multiplier", "attention_block_size")
         check(self.embedding_initializer_range is None or self.embedding_initializer_range > 0,
                f"model.embedding_initializer_range must be positive or null, got {self.embedding_initializer_range}")
+        check(0 <= self.hidden_dropout < 1, f"model.hidden_dropout must lie in [0, 1), got {self.hidden_dropout}")
         check(self.hidden_size % self.num_heads == 0,
                f"model.hidden_size {self.hidden_size} must be a multiple of model.num_heads {self.num_heads}")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE; change model.num_heads")

@@ -35,13 +35,17 @@ class LMStage(Stage):
     datasets: tuple[Mix, ...]
     global_batch_size: int = 256
     sequence_length: int = 4096
+    gradient_accumulation_steps: int = 1  # micro-batches of an update; activations of one exist at a time
     loss_chunk_size: int = 512  # tokens a device whose logits exist at one time
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.datasets), f"stage {self.name!r} names no datasets")
-        positive(self, "global_batch_size", "sequence_length", "loss_chunk_size")
+        positive(self, "global_batch_size", "sequence_length", "gradient_accumulation_steps", "loss_chunk_size")
+        check(self.global_batch_size % self.gradient_accumulation_steps == 0,
+              f"{self.name}.gradient_accumulation_steps {self.gradient_accumulation_steps} must divide "
+              f"{self.name}.global_batch_size {self.global_batch_size}")
         check(self.z_loss >= 0, f"{self.name}.z_loss must not be negative, got {self.z_loss}")
 
 
@@ -56,12 +60,14 @@ class WeakStage(Stage):
     soft_mask: SoftMask = SoftMask()
     contrastive: Contrastive = Contrastive()
     matryoshka: Matryoshka = Matryoshka()
+    encode_chunk_size: int | None = None  # texts a device whose activations exist at one time; None: all of a call at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.datasets), f"stage {self.name!r} names no datasets")
         check(bool(self.buckets), f"stage {self.name!r} names no buckets")
         positive(self, "global_batch_size")
+        _check_chunk(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,7 @@ class SupervisedStage(Stage):
     contrastive: Contrastive = Contrastive(false_negative_margin=None)
     cosent_temperature: float = 0.05
     matryoshka: Matryoshka = Matryoshka()
+    encode_chunk_size: int | None = None  # texts a device whose activations exist at one time; None: all of a call at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +89,7 @@ class SupervisedStage(Stage):
         names = [t.name for t in self.tasks]
         check(len(set(names)) == len(names), f"stage {self.name!r} names a task twice: {names}")
         positive(self, "cosent_temperature")
+        _check_chunk(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +102,11 @@ class CustomStage(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(":" in self.kind, f'stage kind {self.kind!r} must be "package.module:attr"')
+
+
+def _check_chunk(stage: WeakStage | SupervisedStage) -> None:
+    size = stage.encode_chunk_size
+    check(size is None or size > 0, f"{stage.name}.encode_chunk_size must be positive or null, got {size}")
 
 
 AnyStage = LMStage | WeakStage | SupervisedStage | CustomStage

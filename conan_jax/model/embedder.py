@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from conan_jax import config as configs
 from conan_jax.errors import ConfigError
@@ -45,11 +45,16 @@ class Embedder:
         return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
     def hidden(
-        self, params: Params, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask
+        self, params: Params, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask,
+        rng: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Final-norm hidden states, in the compute dtype, of token ids or of ready input embeddings.
 
         Ready embeddings enter the first block as they are; those of token ids are table rows times `embedding_multiplier`.
+
+        Args:
+            rng: a key for each row, for training under `model.hidden_dropout`; a row's dropout depends on its key alone. None,
+                or a rate of 0: no dropout.
 
         Raises:
             ConfigError: `inputs` is neither, or does not match `layout` or the model's width.
@@ -58,26 +63,32 @@ class Embedder:
         expected = (*layout.positions.shape, self.config.hidden_size) if ready else layout.positions.shape
         if inputs.shape != expected:
             raise ConfigError(f"inputs of type {inputs.dtype} have shape {inputs.shape}, but the layout and the model ask for {expected}")
-        return self._module.apply({"params": params}, inputs, layout, mask, method="hidden")
+        return self._module.apply({"params": params}, inputs, layout, mask, self._keys(rng), method="hidden")
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token scores h E^T through the tied table, float32."""
         table = params["embedding"].astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
-    def embed(self, params: Params, text_batch: Mapping[str, Array], mask: Mask = Bidirectional()) -> Float[Array, "B D"]:
+    def embed(
+        self, params: Params, text_batch: Mapping[str, Array], mask: Mask = Bidirectional(), rng: Key[Array, " B"] | None = None
+    ) -> Float[Array, "B D"]:
         """One float32 unit vector a text; an empty row gives zeros (METHODS 1.7).
 
         Args:
             text_batch: `tokens` [B, L], `lengths` [B], `prompt_lengths` [B]; instruction tokens are attended to, not pooled.
                 When nothing but the instruction is there, it is pooled.
+            rng: as in `hidden`.
         """
         b = text_batch
-        return self._module.apply({"params": params}, b["tokens"], b["lengths"], b["prompt_lengths"], mask, method="embed")
+        return self._module.apply({"params": params}, b["tokens"], b["lengths"], b["prompt_lengths"], mask, self._keys(rng), method="embed")
 
     def embedding_table(self, params: Params) -> Float[Array, "V D"]:
         """The tied token embeddings, float32."""
         return params["embedding"]
+
+    def _keys(self, rng: Key[Array, " B"] | None) -> Key[Array, " B"] | None:
+        return rng if self.config.hidden_dropout else None
 
     def _boxed(self, key: Array) -> Any:
         row = jnp.zeros((1, 1), jnp.int32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from conan_jax import config
 from conan_jax.model.blockwise import SAVED
@@ -20,16 +20,20 @@ LOOK_UP_COLUMNS = 1024
 
 
 class Block(nn.Module):
-    """Pre-norm block: x += attention(norm(x)); x += swiglu(norm(x))."""
+    """Pre-norm block: x += drop(attention(norm(x))); x += drop(swiglu(norm(x))). `keys`: one a row, None for no dropout."""
 
     config: config.Model
 
     @nn.compact
-    def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array], layout: Layout, mask: Mask) -> tuple[Float[Array, "T D"], None]:
+    def __call__(
+        self, x: Float[Array, "T D"], rope: tuple[Array, Array], layout: Layout, mask: Mask, keys: Key[Array, " B"] | None
+    ) -> tuple[Float[Array, "T D"], None]:
         c = self.config
         x = constrain(x, "tokens", None)
-        x = x + SelfAttention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), rope, layout, mask)
-        x = x + SwiGLU(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
+        out = SelfAttention(c, name="attention")(RMSNorm(c.rms_norm_eps, name="attention_norm")(x), rope, layout, mask)
+        x = x + drop(out, keys, 0, c.hidden_dropout)
+        out = SwiGLU(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
+        x = x + drop(out, keys, 1, c.hidden_dropout)
         return constrain(x, "tokens", None), None
 
 
@@ -48,7 +52,7 @@ class Decoder(nn.Module):
             _rematerialised(Block, c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -56,8 +60,10 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.rms_norm_eps)
         self.pooling = make_pooling(c)
 
-    def hidden(self, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask) -> Float[Array, "B L D"]:
-        """Final-norm hidden states in the compute dtype."""
+    def hidden(
+        self, inputs: Int[Array, "B L"] | Float[Array, "B L D"], layout: Layout, mask: Mask, keys: Key[Array, " B"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Final-norm hidden states in the compute dtype; with `keys`, one a row, under dropout."""
         c = self.config
         B, L = inputs.shape[:2]
         if inputs.ndim == 2:
@@ -65,7 +71,9 @@ class Decoder(nn.Module):
         else:
             x = inputs
         rope = rope_tables(layout.positions, c.head_dim, c.rope_theta)
-        x, _ = self.layers(x.reshape(B * L, -1).astype(c.compute_dtype), rope, layout, mask)
+        if keys is not None:
+            keys = jax.vmap(lambda layer: jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys))(jnp.arange(c.num_layers))
+        x, _ = self.layers(x.reshape(B * L, -1).astype(c.compute_dtype), rope, layout, mask, keys)
         return self.final_norm(x).reshape(B, L, -1)
 
     def pool(self, hidden: Float[Array, "B L D"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
@@ -78,11 +86,24 @@ class Decoder(nn.Module):
         return self.pooling(hidden, real, text)
 
     def embed(
-        self, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"], mask: Mask
+        self, tokens: Int[Array, "B L"], lengths: Int[Array, "B"], prompt_lengths: Int[Array, "B"], mask: Mask,
+        keys: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """Pooled and L2-normalised; zeros for an empty row."""
-        hidden = self.hidden(tokens, Layout.from_lengths(lengths, tokens.shape[1]), mask)
+        hidden = self.hidden(tokens, Layout.from_lengths(lengths, tokens.shape[1]), mask, keys)
         return l2_normalise(self.pool(hidden, lengths, prompt_lengths))
+
+
+def drop(x: Float[Array, "T D"], keys: Key[Array, " B"] | None, place: int, rate: float) -> Float[Array, "T D"]:
+    """x with each element put to zero with probability `rate` and the rest divided by 1 - rate; x itself without `keys`.
+
+    Each row draws from its own key, so what is dropped of it does not depend on the rows beside it. `place` tells uses of one key apart.
+    """
+    if keys is None or not rate:
+        return x
+    shape = (x.shape[0] // keys.shape[0], x.shape[1])
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, shape))(keys)
+    return jnp.where(constrain(kept.reshape(x.shape), "tokens", None), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def look_up(

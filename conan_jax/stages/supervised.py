@@ -17,7 +17,7 @@ from conan_jax.losses import cosent, info_nce, matryoshka
 from conan_jax.model import Bidirectional, Embedder
 from conan_jax.stages import hard_negatives
 from conan_jax.stages.base import Batch, Carry, Metrics, Params
-from conan_jax.stages.encode import count_tokens, encode_all, nonempty
+from conan_jax.stages.encode import count_tokens, dropout, encode_all, nonempty
 from conan_jax.stages.weak import contrastive_options
 
 Texts = dict[str, Mapping[str, Any]]
@@ -42,24 +42,27 @@ class Supervised:
         """
         tasks = self.config.tasks
         if self.config.update == "all_tasks":
-            loss, carry, metrics = self._update(tasks, params, carry, batch, step)
+            loss, carry, metrics = self._update(tasks, params, carry, batch, step, rng)
         else:
             run = [partial(self._update, (task,)) for task in tasks]
-            shapes = [jax.eval_shape(one, params, carry, batch, step)[2] for one in run]
+            shapes = [jax.eval_shape(one, params, carry, batch, step, rng)[2] for one in run]
             absent = {name: jnp.full((), jnp.nan, jnp.float32) for metrics in shapes for name in metrics}
 
             def branch(one, *arguments):
                 loss, carry, metrics = one(*arguments)
                 return loss, carry, {**absent, **metrics}
 
-            loss, carry, metrics = jax.lax.switch(step % len(tasks), [partial(branch, one) for one in run], params, carry, batch, step)
+            loss, carry, metrics = jax.lax.switch(step % len(tasks), [partial(branch, one) for one in run], params, carry, batch, step, rng)
         return loss, (carry, {**metrics, **self._counters(carry), "loss": loss})
 
-    def _update(self, tasks: tuple[Task, ...], params: Params, carry: Carry, batch: Batch, step: Any) -> tuple[Any, Carry, Metrics]:
+    def _update(
+        self, tasks: tuple[Task, ...], params: Params, carry: Carry, batch: Batch, step: Any, rng: Any
+    ) -> tuple[Any, Carry, Metrics]:
         """Weighted loss of `tasks`, the carry with their hard negatives moved, their metrics."""
         prepared = {task.name: self._texts(task, carry, batch[task.name]) for task in tasks}
         texts = {(task, name): text for task, (of_task, _) in prepared.items() for name, text in of_task.items()}
-        encoded = encode_all(self.embedder, params, texts, self.mask(step))
+        encoded = encode_all(self.embedder, params, texts, self.mask(step), chunk_size=self.config.encode_chunk_size,
+                             rng=dropout(self.embedder, rng))
         total, carry, metrics = jnp.zeros((), jnp.float32), dict(carry), {"tokens": count_tokens(texts)}
         for task in tasks:
             of_task, extra = prepared[task.name]

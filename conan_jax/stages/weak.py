@@ -13,7 +13,7 @@ from conan_jax.config import Contrastive, WeakStage
 from conan_jax.losses import info_nce, matryoshka
 from conan_jax.model import Embedder, SoftMask, alpha_at
 from conan_jax.stages.base import Batch, Carry, Metrics, Params
-from conan_jax.stages.encode import count_tokens, encode_all, nonempty
+from conan_jax.stages.encode import count_tokens, dropout, encode_all, nonempty
 
 
 class Weak:
@@ -28,7 +28,8 @@ class Weak:
         texts = {"queries": batch["query"], "positives": batch["positive"]}
         objective = partial(info_nce, **contrastive_options(c.contrastive), query_hash=batch["query_hash"],
                             positive_hash=batch["positive_hash"], valid=nonempty(*texts.values()))
-        loss, metrics = matryoshka(objective, encode_all(self.embedder, params, texts, mask), c.matryoshka.dims, c.matryoshka.weights)
+        vectors = encode_all(self.embedder, params, texts, mask, chunk_size=c.encode_chunk_size, rng=dropout(self.embedder, rng))
+        loss, metrics = matryoshka(objective, vectors, c.matryoshka.dims, c.matryoshka.weights)
         return loss, (carry, {"loss": loss, "alpha": jnp.asarray(mask.alpha, jnp.float32), "tokens": count_tokens(texts), **metrics})
 
     def init_carry(self, num_examples: Mapping[str, int]) -> Carry:

@@ -189,7 +189,8 @@ def test_texts_encoded_together_are_those_encoded_apart(model, monkeypatch, full
     seen = []
 
     class Watched:
-        def embed(self, params, text, mask):
+        def embed(self, params, text, mask, keys):
+            assert keys is None
             seen.append(text["tokens"].shape)
             return embedder.embed(params, text, mask)
 
