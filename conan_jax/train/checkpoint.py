@@ -3,15 +3,23 @@
     FOLDER/checkpoints/STEP/params     the weights, alone, so that an encoder reads nothing else
     FOLDER/checkpoints/STEP/train      optimizer state, carry, step, counters
     FOLDER/checkpoints/STEP/metadata   JSON: format, stage, step, steps, tokenizer sha256, the whole configuration
+    FOLDER/checkpoints/STEP/manifest.json   bytes and sha256 of all these files, written last (`train/manifest.py`)
 
-A step exists once orbax has committed it; what a killed save leaves behind is never listed.
+A step exists once it has its manifest; what a killed save leaves behind is never listed, and goes when the folder is next
+opened for writing. Only then do older steps give way, so the last good one outlives any failure of the next.
+
+A state is restored exactly, bit for bit, onto any mesh and any number of hosts. What follows is bit-identical on the mesh it
+was saved from; on another one sums are taken in another order, and the loss differs in about the 7th digit (float32).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,17 +32,21 @@ from conan_jax import config
 from conan_jax.config_io import to_dict
 from conan_jax.errors import CheckpointError
 from conan_jax.stages.base import Params
+from conan_jax.train import manifest, step_folders, together
 from conan_jax.train.state import TrainState
+from conan_jax.train.step_folders import step_folder
 
 FORMAT = 1
 # How the same weights are computed; everything else under `model` decides what they are or mean.
 _FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
                     "attention", "attention_block_size"}
+_MEETINGS = itertools.count()  # every meeting of processes has its own name
 
 
 def make_metadata(run: config.Run, stage: config.Stage, tokenizer_sha256: str) -> dict[str, Any]:
     """What every checkpoint of a stage says about itself, `step` aside."""
-    return {"format": FORMAT, "stage": stage.name, "steps": stage.steps, "tokenizer_sha256": tokenizer_sha256, "config": to_dict(run)}
+    return {"format": FORMAT, "stage": stage.name, "steps": stage.steps, "tokenizer_sha256": tokenizer_sha256,
+            "manifest": "sha256", "config": to_dict(run)}
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
@@ -45,84 +57,172 @@ def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
 
 @contextlib.contextmanager
 def _reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    with contextlib.closing(_manager(folder, create=False, save_root_metadata=False)) as manager:
+    """A manager that waits for no other process: each reads what it needs."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader{here}")
+    with contextlib.closing(_manager(folder, create=False, save_root_metadata=False, multiprocessing_options=alone)) as manager:
         yield manager
 
 
 @contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """Turn what orbax and the file system raise into one error that says what was being done."""
+def _explained(doing: str, advice: Callable[[], str] = str) -> Iterator[None]:
+    """Turn what orbax and the file system raise into one error that says what was being done, and then `advice()`."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{doing} failed: {type(error).__name__}: {' / '.join(lines[:6])[:600]}") from error
+        raise CheckpointError(f"{doing} failed: {type(error).__name__}: {' / '.join(lines[:6])[:600]}{advice()}") from error
+
+
+def _meet(number: int) -> None:
+    """Wait for the other processes, in any thread and for as long as work on many gigabytes may take, which a collective would not."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"conan checkpoint {number}", timeout_ms=3_600_000)
+
+
+def _agree(failure: CheckpointError | None) -> None:
+    """Raise in every process what went wrong in any."""
+    _meet(next(_MEETINGS))
+    if message := together.first_complaint(str(failure or "")):
+        raise failure or CheckpointError(message)
+
+
+def _on_process_0(doing: str, action: Callable[[], None], advice: Callable[[], str] = str) -> None:
+    """Process 0 alone does it while the others wait; every process raises the `CheckpointError` it ends in."""
+    failure = None
+    try:
+        if jax.process_index() == 0:
+            with _explained(doing, advice):
+                action()
+    except CheckpointError as error:
+        failure = error
+    _agree(failure)
 
 
 class Checkpoints:
     """The checkpoints one running stage writes: asynchronous, the newest `keep` stay.
 
     A save that fails in the background is raised by the next call as `CheckpointError`; the object is then of no
-    further use (the step would still be listed), and a new one must be made.
+    further use (orbax may still list the step), and a new one must be made. Several processes write into one shared
+    folder: they make the object, and call `save` and `wait`, together.
     """
 
     def __init__(self, folder: Path, keep: int, metadata: dict[str, Any]) -> None:
-        self.folder, self._metadata = folder, metadata
-        with _explained(f"opening {folder / 'checkpoints'} for writing"):
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._manager = _manager(folder, max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True)
+        self.folder, self._keep, self._metadata = folder, keep, metadata
+        self._finisher: threading.Thread | None = None
+        self._committed, self._failure = False, None  # of the save in flight: by every process; what went wrong
+        opening = f"opening {folder / 'checkpoints'} for writing"
+        _on_process_0(opening, lambda: step_folders.clear_torn(folder))
+        with _explained(opening):
+            # Orbax would let older steps go before the new one has its manifest: `_finish` does that instead.
+            self._manager = _manager(folder, create=True, enable_async_checkpointing=True)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start writing `state` under `step`; returns when the arrays may be overwritten. A step already there is kept."""
+        """Start writing `state` under `step`; returns when the arrays may be overwritten. A step already there is kept.
+
+        Raises `CheckpointError` when the disk is too full for it, naming the bytes needed, or when the save before this one failed.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
+        size = sum(array.nbytes for array in jax.tree.leaves(state))
+        needed = size + size // 1000 + 2**20  # names, shapes and shardings take some hundred bytes an array and device
+        saving, room = f"saving step {step} in {self.folder}", partial(step_folders.room, self.folder, step, needed)
+        _on_process_0(saving, lambda: step_folders.refuse_full_disk(self.folder, needed), room)
         items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(_train_item(state)),
                                    metadata=ocp.args.JsonSave(dict(self._metadata, step=step)))
-        with _explained(f"saving step {step} in {self.folder}"):
-            self._manager.save(step, args=items)
+        with _explained(saving, room):
+            self._manager.save(step, args=items, force=True)
+        self._committed = False
+        finish = partial(self._finish, step, partial(_explained, saving, room), next(_MEETINGS))
+        self._finisher = threading.Thread(target=finish, name=f"finish-{step}")
+        self._finisher.start()
+
+    def _finish(self, step: int, explained: Callable[[], contextlib.AbstractContextManager[None]], meeting: int) -> None:
+        """In the background: when every process has committed, process 0 writes the manifest, and only then old steps go."""
+        try:
+            with explained():
+                self._manager.wait_until_finished()
+                self._committed = True
+                with contextlib.ExitStack() as stack:
+                    stack.callback(_meet, meeting)
+                    if jax.process_index() == 0:
+                        manifest.write(step_folder(self.folder, step), step)
+                        step_folders.keep_newest(self.folder, self._keep)
+        except Exception as failure:  # the next call raises it
+            self._failure = failure
 
     def wait(self) -> None:
-        """Block until what was saved is committed."""
-        with _explained(f"saving in {self.folder}"):
-            self._manager.wait_until_finished()
+        """Block until what was saved is committed and has its manifest, whichever process writes it."""
+        finishing, failure = self._finisher is not None, self._joined()
+        if finishing and self._committed:  # in every process, so all of them come here
+            _agree(failure)
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
-        """Wait, then release the threads."""
+        """Wait for this process's part, then release the threads. Other processes may be gone: `wait` before to hear of them."""
+        failure = self._joined()
         with _explained(f"saving in {self.folder}"):
             self._manager.close()
+        if failure is not None:
+            raise failure
+
+    def _joined(self) -> Exception | None:
+        """Wait for the background; what went wrong there, told once."""
+        if self._finisher is not None:
+            self._finisher.join()
+        failure, self._failure, self._finisher = self._failure, None, None
+        try:
+            with _explained(f"saving in {self.folder}"):
+                self._manager.wait_until_finished()  # orbax tells it once a thread
+        except CheckpointError as again:
+            failure = failure or again
+        return failure
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete step of a stage folder, None when there is none."""
-    if not (folder / "checkpoints").is_dir():
-        return None
-    with _reader(folder) as manager:
-        return manager.latest_step()
+    """The newest complete step of a stage folder, None when there is none. Its files are not looked into."""
+    return step_folders.newest(folder)
 
 
-def _existing_step(folder: Path, step: int | None) -> int:
-    found = latest_step(folder) if step is None else step
-    if found is None or not (folder / "checkpoints" / str(found)).is_dir():
-        raise CheckpointError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}; train the stage first")
-    return found
+def _damage(folder: Path, step: int) -> str:
+    """What is wrong with a step, found by all processes together, each looking at its share of the files; "" when all is well."""
+    found = manifest.damage(step_folder(folder, step), step, part=jax.process_index(), parts=jax.process_count())
+    _meet(next(_MEETINGS))
+    return together.first_complaint(found)
 
 
 def read_metadata(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """Metadata of a checkpoint (default: the newest). Raises `CheckpointError` when there is none or its format is unknown."""
-    step = _existing_step(folder, step)
-    with _reader(folder) as manager, _explained(f"reading the metadata of {folder} step {step}"):
-        metadata = manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    """Metadata of a checkpoint (default: the newest).
+
+    Raises `CheckpointError` when there is none, when it is not as it was written, or when its format is unknown.
+    """
+    step = step_folders.existing(folder, step)
+    damage = manifest.damage(step_folder(folder, step), step, items=("metadata",))
+    try:
+        with _reader(folder) as manager, _explained(f"reading the metadata of {folder} step {step}"):
+            metadata = manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    except CheckpointError:
+        step_folders.refuse_damage(folder, step, damage)
+        raise
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{folder} step {step} has checkpoint format {metadata.get('format')!r}; this version reads {FORMAT}")
+    step_folders.refuse_damage(folder, step, damage)
     return metadata
 
 
-def restore_params(folder: Path, step: int | None = None, abstract: Params | None = None) -> Params:
+def restore_params(folder: Path, step: int | None = None, abstract: Params | None = None, verified: bool = False) -> Params:
     """The weights alone, from the newest step by default.
 
-    `abstract`: `ShapeDtypeStruct`s with the shardings to restore onto; by default every array lands whole on the first device.
+    `abstract`: `ShapeDtypeStruct`s with the shardings to restore onto, which all processes do together; by default every array
+    lands whole on this process's first device, nobody else takes part, and only the files that are read are verified.
+    `verified`: the step was found to be whole a moment ago.
+    Raises `CheckpointError` naming the file that is not as it was written.
     """
-    step = _existing_step(folder, step)
+    step = step_folders.existing(folder, step)
+    if not verified:
+        step_folders.refuse_damage(folder, step, _damage(folder, step) if abstract is not None else
+                                   manifest.damage(step_folder(folder, step), step, items=("params", "metadata")))
     with _reader(folder) as manager, _explained(f"restoring the weights of {folder} step {step}"):
         if abstract is None:
             here = SingleDeviceSharding(jax.local_devices()[0])
@@ -131,11 +231,14 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
         return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
 
 
-def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
-    """The whole state, onto the shardings of `abstract` (of another mesh than it was saved from, if need be).
+def restore_state(folder: Path, step: int, abstract: TrainState, verified: bool = False) -> TrainState:
+    """The whole state, onto the shardings of `abstract` (of another mesh than it was saved from, if need be), by all processes together.
 
-    Raises `CheckpointError` naming the arrays whose presence, shape or dtype differs.
+    `verified`: the step was found to be whole a moment ago. Raises `CheckpointError` naming the file that is not as it was
+    written, or the arrays whose presence, shape or dtype differs.
     """
+    if not verified:
+        step_folders.refuse_damage(folder, step, _damage(folder, step_folders.existing(folder, step)))
     wanted = {"params": abstract.params, "train": _train_item(abstract)}
     with _reader(folder) as manager, _explained(f"resuming from {folder} step {step}"):
         differing = _differences(manager.item_metadata(step), wanted)
@@ -165,27 +268,36 @@ def _described(tree: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage begins. `folder` and `step` name the checkpoint, unless it is from scratch."""
+    """Where a stage begins. `folder` and `step` name the checkpoint, unless it is from scratch.
+
+    `damaged`: newer steps that were set aside, because files of theirs were not as written.
+    """
 
     kind: Literal["resume", "previous", "scratch"]
     folder: Path | None = None
     step: int = 0
+    damaged: tuple[int, ...] = ()
+    verified: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
+        aside = f", the damaged step {' and '.join(map(str, self.damaged))} set aside" if self.damaged else ""
         return {"resume": f"resume {self.folder} at step {self.step}", "previous": f"weights of {self.folder} (step {self.step})",
-                "scratch": "from scratch"}[self.kind]
+                "scratch": "from scratch"}[self.kind] + aside
 
 
-def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str) -> Start:
-    """The start rule: resume own run -> previous stage's weights -> scratch.
+def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, fallback: bool = False) -> Start:
+    """The start rule: resume own run -> previous stage's weights -> scratch. All processes call it together and agree.
 
-    Raises `CheckpointError` when the checkpoint belongs to another tokenizer or model, or the previous stage stopped half-way.
+    The step is verified against its manifest. A damaged one is refused; with `fallback` it is set aside (as `STEP.damaged`) and
+    the newest good one before it is used.
+    Raises `CheckpointError` when there is no good one, when the checkpoint belongs to another tokenizer or model, or when the
+    previous stage stopped half-way.
     """
-    own = latest_step(folder)
+    own, damaged = _good_step(folder, fallback)
     if own is not None:
         check_compatible(folder, read_metadata(folder, own), model, tokenizer_sha256)
-        return Start("resume", folder, own)
-    previous = latest_step(previous_folder) if previous_folder is not None else None
+        return Start("resume", folder, own, damaged, verified=True)
+    previous, damaged = _good_step(previous_folder, fallback) if previous_folder is not None else (None, ())
     if previous is None:
         return Start("scratch")
     metadata = read_metadata(previous_folder, previous)
@@ -193,7 +305,25 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
     if previous < metadata["steps"]:
         raise CheckpointError(f"stage {metadata['stage']!r} in {previous_folder} stopped at step {previous} of {metadata['steps']}; "
                               "start it again to finish it before the stage that follows")
-    return Start("previous", previous_folder, previous)
+    return Start("previous", previous_folder, previous, damaged, verified=True)
+
+
+def _good_step(folder: Path, fallback: bool) -> tuple[int | None, tuple[int, ...]]:
+    """The newest step whose files are as written, and the damaged ones after it, set aside. (None, ()) when there are no steps."""
+    damaged: dict[int, str] = {}
+    while (step := together.from_process_0(step_folders.newest(folder, below=min(damaged, default=None)) or 0)) > 0:
+        damage = _damage(folder, step)
+        if not damage:
+            _on_process_0(f"setting damaged steps of {folder} aside", lambda: step_folders.set_aside(folder, damaged))
+            return step, tuple(damaged)
+        if not fallback:
+            step_folders.refuse_damage(folder, step, damage)
+        damaged[step] = damage
+    if damaged:
+        found = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
+        raise CheckpointError(f"every step in {folder} is damaged ({found}), so there is none to fall back to. "
+                              "Put the files back from a copy, or train the stage anew with --fresh")
+    return None, ()
 
 
 def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str) -> None:
@@ -212,5 +342,5 @@ def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model
 def load_start(start: Start, abstract: TrainState, scratch: Callable[[], Params], begin: Callable[[Params], TrainState]) -> TrainState:
     """The first state: resumed whole, or begun from the previous stage's weights, or from `scratch()` ones."""
     if start.kind == "resume":
-        return restore_state(start.folder, start.step, abstract)
-    return begin(restore_params(start.folder, start.step, abstract.params) if start.kind == "previous" else scratch())
+        return restore_state(start.folder, start.step, abstract, start.verified)
+    return begin(restore_params(start.folder, start.step, abstract.params, start.verified) if start.kind == "previous" else scratch())
