@@ -34,7 +34,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _mount() -> None:
-    from conan_jax.cli import config, data, demo, search, tokenizer, train
+    from conan_jax.cli import config, data, demo, launch, search, tokenizer, train
 
     app.command("demo")(demo.demo)
     app.command("train")(train.train)
@@ -44,6 +44,7 @@ def _mount() -> None:
     app.add_typer(data.app, name="data")
     app.add_typer(tokenizer.app, name="tokenizer")
     app.add_typer(config.app, name="config")
+    app.add_typer(launch.app, name="launch")
 
 
 _mount()

@@ -1,0 +1,149 @@
+"""`conan launch`: render a job for a scheduler, check it offline, submit it, or run its processes here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from conan_jax.cli.config import ConfigArgument, SetOption
+
+app = typer.Typer(help="Jobs for GKE (JobSet), SLURM and Cloud TPU VMs; several processes on this machine.",
+                  no_args_is_help=True, rich_markup_mode="rich")
+
+FolderArgument = typer.Argument(help="A rendered folder.", metavar="DIR")
+
+
+@app.command("render")
+def render(
+    config: str = ConfigArgument,
+    target: str = typer.Option(..., "--target", help="gke-jobset, slurm, tpu-vm (queued resources: legacy) or local."),
+    accelerator: str = typer.Option(..., "--accelerator", help="By quota name or topology: v6e-256, v5e:16x16, h100-64, cpu-8."),
+    out: Path = typer.Option(..., "--out", help="The folder to write."),
+    slices: int = typer.Option(1, "--slices", help="TPU slices, joined over the data-centre network."),
+    chips_per_host: int = typer.Option(None, "--chips-per-host", help="Where there is a choice: v5e-8 and v6e-8 (8 or 4), CPU devices."),
+    overrides: list[str] = SetOption,
+    stage: str = typer.Option(None, "--stage", help="Train this stage only."),
+    name: str = typer.Option(None, "--name", help="Name of the job [default: that of the recipe]."),
+    python: str = typer.Option("python", "--python", help="The interpreter, as the job finds it."),
+    working_dir: str = typer.Option(None, "--working-dir", help="Where CONFIG is found: in the image, or on the machines."),
+    image: str = typer.Option(None, "--image", help="Container image (gke-jobset)."),
+    namespace: str = typer.Option(None, "--namespace", help="Namespace (gke-jobset)."),
+    output_claim: str = typer.Option(None, "--output-claim", help="PersistentVolumeClaim, ReadWriteMany, for the run (gke-jobset)."),
+    output_mount: str = typer.Option("/output", "--output-mount", help="Where pods find it (gke-jobset)."),
+    queue: str = typer.Option(None, "--queue", help="Kueue's LocalQueue (gke-jobset), or partition (slurm)."),
+    account: str = typer.Option(None, "--account", help="Account to charge (slurm)."),
+    service_account: str = typer.Option(None, "--service-account", help="Of Kubernetes (gke-jobset) or Google Cloud (tpu-vm)."),
+    project: str = typer.Option(None, "--project", help="Google Cloud project (tpu-vm)."),
+    zone: str = typer.Option(None, "--zone", help="Google Cloud zone (tpu-vm)."),
+    environment: list[str] = typer.Option([], "--env", metavar="NAME", help="A variable the job needs; its value is not written down."),
+    secret: str = typer.Option(None, "--secret", help="Secret with the values of --env (gke-jobset)."),
+    time_limit: int = typer.Option(None, "--time-limit", help="Minutes that one attempt may take (gke-jobset, slurm)."),
+    grace: int = typer.Option(300, "--grace", help="Seconds between SIGTERM and the end (gke-jobset, slurm)."),
+    max_restarts: int = typer.Option(20, "--max-restarts", help="Restarts after any exit code but 0 and 78 (all but local)."),
+) -> None:
+    """Write the manifest of a job, and launch.json, which `check` and `submit` read.
+
+    Examples:
+
+        conan launch render configs/conan_v2.py --target gke-jobset --accelerator v6e-256 --slices 2 --stage pretrain --out pod \\
+            --image europe-docker.pkg.dev/my-project/conan/conan:1 --output-claim runs --queue tpu --env CONAN_DATA --secret conan
+
+        conan launch render configs/conan_v2.py --target slurm --accelerator h100-64 --queue gpu --out job
+
+        conan launch render configs/demo.py:tiny --target local --accelerator cpu-8 --chips-per-host 2 --out here
+    """
+    from conan_jax import config_io, launch
+
+    spec = launch.LaunchSpec(
+        target=target, name=name or _job_name(config_io.load_run(config, overrides).name), config=config, accelerator=accelerator,
+        overrides=tuple(overrides), stage=stage, slices=slices, chips_per_host=chips_per_host, python=python, working_dir=working_dir,
+        image=image, namespace=namespace, output_claim=output_claim, output_mount=output_mount, queue=queue, account=account,
+        service_account=service_account, project=project, zone=zone, environment=tuple(environment), secret=secret,
+        time_limit_minutes=time_limit, grace_seconds=grace, max_restarts=max_restarts,
+    )
+    for file in launch.write(spec, out):
+        typer.echo(str(file))
+    if target == "tpu-vm":
+        typer.echo("queued resources are the older way to get TPUs; where there is a cluster, prefer --target gke-jobset", err=True)
+
+
+@app.command("check")
+def check(
+    folder: Path = FolderArgument,
+    as_json: bool = typer.Option(False, "--json", help='{"ok": ..., "findings": [{"rule", "message", "serious"}]}'),
+) -> None:
+    """Hold a rendered folder against schemas and against its recipe, offline. Exit code 78 when something is wrong.
+
+    Rules: recipe, schema, kubernetes, shell, names, devices, mesh, batch, memory, grace, restarts, signal, privileges, output.
+
+    Examples:
+
+        conan launch check pod
+
+        conan launch check pod --json
+    """
+    import dataclasses
+
+    from conan_jax import launch
+    from conan_jax.errors import EXIT_BAD_INPUT
+
+    findings = launch.check(folder)
+    ok = not any(finding.serious for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"ok": ok, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2, ensure_ascii=False))
+    else:
+        for finding in findings:
+            typer.echo(f"{'wrong' if finding.serious else 'note'}  {finding.rule}: {finding.message}")
+        typer.echo(f"{folder}: {'nothing wrong' if ok else 'not fit to be submitted'}")
+    if not ok:
+        raise typer.Exit(EXIT_BAD_INPUT)
+
+
+@app.command("submit")
+def submit(
+    folder: Path = FolderArgument,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the command and run nothing."),
+) -> None:
+    """Print and run the one command that submits a rendered folder, after its check.
+
+    Examples:
+
+        conan launch submit pod --dry-run
+
+        conan launch submit pod
+    """
+    import subprocess
+
+    from conan_jax import launch
+    from conan_jax.errors import ConfigError
+
+    wrong = [f"{finding.rule}: {finding.message}" for finding in launch.check(folder) if finding.serious]
+    if wrong:
+        raise ConfigError(f"{folder} is not fit to be submitted. " + " | ".join(wrong))
+    command = launch.submit_command(launch.read(folder), folder)
+    typer.echo(shlex.join(command))
+    if dry_run:
+        return
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except FileNotFoundError as error:
+        raise ConfigError(f"{command[0]} is not installed on this machine; run the command above where it is") from error
+    raise typer.Exit(code)
+
+
+def _job_name(run_name: str) -> str:
+    """A run's name as a label: lower case, '-' for what a label may not hold."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in run_name.lower()).strip("-")
+
+
+def _mount() -> None:
+    from conan_jax.cli import launch_local
+
+    app.command("local")(launch_local.local)
+
+
+_mount()
