@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from conan_jax import config, distributed, sharding
+from conan_jax import config, distributed, hardware, sharding
 from conan_jax.errors import CheckpointError, PeerError, Preempted, TrainingError
 from conan_jax.stages.base import Stage
 from conan_jax.train import checkpoint, metrics, optimizer, state
@@ -161,8 +161,9 @@ def _example_ids(batch: Mapping[str, Any], task: str = "") -> str:
 
 
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
-    peak = metrics.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-    return peak * mesh.devices.size if peak is not None else None
+    chip = hardware.chip_of(mesh.devices.flat[0].device_kind)
+    # A CPU's peak is a guess for preflights, no yardstick.
+    return chip.peak_flops * mesh.devices.size if chip is not None and chip.platform != "cpu" else None
 
 
 @contextlib.contextmanager

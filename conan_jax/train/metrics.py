@@ -22,28 +22,6 @@ from tensorboardX import SummaryWriter
 from conan_jax import config
 from conan_jax.errors import TrainingError
 
-# Dense bfloat16 peak of one jax device, FLOP/s, as its vendor states it (v2 and v3: a device is one of a chip's two cores).
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-}
-
 _LINE_SECONDS = 10.0  # between two plain lines, so that a log file of a long run stays readable
 _SHOWN = ("loss", "learning_rate", "alpha", "grad_norm", "tokens_per_second", "mfu", "data_wait")
 _SHORT = {"learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s", "data_wait": "data"}
