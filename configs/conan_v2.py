@@ -39,17 +39,17 @@ def get_config(variant: str = "full") -> Run:
             LMStage(
                 name="pretrain", kind="pretrain", datasets=(Mix("lm"),), optimizer=peak,
                 steps=45_000,  # 3T tokens at 67M a step
-                global_batch_size=256 * 64, sequence_length=4096, checkpoint_every=500,
+                global_batch_size=256 * 64, sequence_length=4096, gradient_accumulation_steps=64, checkpoint_every=500,
             ),
             LMStage(
                 name="sft", kind="sft", datasets=(Mix("instructions"),),
                 optimizer=dataclasses.replace(peak, learning_rate=2e-5, warmup_fraction=0.02),
-                steps=75_000, global_batch_size=64 * 16, sequence_length=4096,
+                steps=75_000, global_batch_size=64 * 16, sequence_length=4096, gradient_accumulation_steps=4,
             ),
             WeakStage(
                 name="weak", optimizer=peak, steps=1_725_000,  # 1,766M pairs at 1,024 a step
                 datasets=tuple(Mix(f"weak_{name}", weight=float(millions)) for name, millions in WEAK_MIX.items()),
-                global_batch_size=64 * 16, buckets=(Bucket(64, 256), Bucket(512, 512)),
+                global_batch_size=64 * 16, buckets=(Bucket(64, 256), Bucket(512, 512)), encode_chunk_size=16,
                 soft_mask=SoftMask(apply="log", index="key", schedule="linear"),
                 contrastive=Contrastive(temperature=0.02, false_negative_margin=0.1),
                 checkpoint_every=2000,
@@ -64,7 +64,7 @@ def get_config(variant: str = "full") -> Run:
                 ),
                 hard_negatives=HardNegatives(rule="v2", num_negatives=7, pool_size=32),
                 contrastive=Contrastive(temperature=0.02, false_negative_margin=None),
-                cosent_temperature=0.05,
+                cosent_temperature=0.05, encode_chunk_size=16,
                 matryoshka=Matryoshka(dims=(256, 512, 1024, 1536, 2048, 3072, 3584)),
             ),
         ),
@@ -86,9 +86,9 @@ def tiny(run: Run) -> Run:
         run, name="conan_v2_tiny", output_dir="", data_dir="", model=model,
         tokenizer=dataclasses.replace(run.tokenizer, vocab_size=512),
         stages=(
-            dataclasses.replace(pretrain, steps=4, global_batch_size=8, sequence_length=64, loss_chunk_size=128),
-            dataclasses.replace(sft, steps=4, global_batch_size=8, sequence_length=64, loss_chunk_size=128),
-            dataclasses.replace(weak, steps=4, global_batch_size=8, buckets=(Bucket(32, 48),)),
+            dataclasses.replace(pretrain, steps=4, global_batch_size=8, sequence_length=64, loss_chunk_size=128, gradient_accumulation_steps=2),
+            dataclasses.replace(sft, steps=4, global_batch_size=8, sequence_length=64, loss_chunk_size=128, gradient_accumulation_steps=2),
+            dataclasses.replace(weak, steps=4, global_batch_size=8, buckets=(Bucket(32, 48),), encode_chunk_size=1),
             dataclasses.replace(
                 supervised, steps=4, tasks=tasks, matryoshka=Matryoshka(dims=(16, 32)),
                 hard_negatives=HardNegatives(rule="v2", num_negatives=2, pool_size=4),

@@ -12,8 +12,8 @@ from conan_jax.config.checks import check, positive
 class Mesh:
     """Devices along each mesh axis; -1 takes all that remain (at most one axis may).
 
-    Nothing given: `sharding.make_mesh` chooses by the name of the hardware. Something given: `data` and `tensor` are 1 where they
-    are absent, and `fsdp` takes what remains (1 where another axis is -1).
+    Nothing given: `sharding.MESHES` says what the hardware's name gets. Something given: `data` and `tensor` are 1 where they
+    are absent (`data` the number of TPU slices), and `fsdp` takes what remains (1 where another axis is -1).
     """
 
     data: int | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,9 +46,6 @@ def lower_step(
     Args:
         batch: `ShapeDtypeStruct`s of the global batch, as `data.shapes.batch_shapes` gives them.
         num_examples: records of each task, which size the carry.
-
-    Raises:
-        ConfigError: the devices do not divide the global batch.
     """
     axes = embedder.axes()
     updates = optimizer.make_optimizer(stage_config.optimizer, stage_config.steps, axes)
@@ -61,16 +57,5 @@ def lower_step(
 
 
 def abstract_batch(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """`batch` laid over `mesh` as `sharding.global_batch` lays real arrays: the examples over ("data", "fsdp").
-
-    Raises `ConfigError` when the devices do not divide the examples.
-    """
-    place = sharding.batch_sharding(mesh)
-    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-
-    def put(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if array.shape[0] % parts:
-            raise ConfigError(f"a global batch of {array.shape[0]} rows cannot be divided among {parts} devices (mesh data x fsdp)")
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
-
-    return jax.tree.map(put, batch)
+    """`batch` laid over `mesh` as `sharding.global_batch` lays real arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.row_sharding(a.shape[0], mesh)), batch)

@@ -49,18 +49,20 @@ def test_rows_come_back_in_order_from_chunks_of_equal_devices(rows, size, width,
     assert np.count_nonzero(parts) == x.size  # the rest are zeros
 
 
-def gradients(stage_config, sizes=None, dropout=0.0, seed=0):
-    """(loss, metrics, gradients) of one update of a stage on a random batch."""
+def gradients(stage_config, sizes=None, dropout=0.0, rows=examples.B):
+    """(loss, metrics, gradients, carry) of one update of a stage on the first `rows` examples of a random batch."""
     embedder, params = examples.embedder_and_params()
     embedder = Embedder(dataclasses.replace(embedder.config, hidden_dropout=dropout))
     stage = make_stage(stage_config, embedder)
     carry = stage.init_carry(examples.EXAMPLES)
-    batch = examples.batch_of(stage_config.name, seed)
+    batch = jax.tree.map(lambda x: x[:rows], examples.batch_of(stage_config.name))
 
     def update(params, carry, batch):
         (loss, (carry, metrics)), gradient = jax.value_and_grad(stage.loss, has_aux=True)(params, carry, batch, jnp.int32(4), jax.random.key(3))
         return loss, metrics, gradient, carry
 
+    if sizes is not None:
+        batch = sharding.global_batch(batch, sharding.make_mesh(config.Mesh(*sizes)))
     return on_mesh(sizes, update, params, carry, batch)
 
 
@@ -97,6 +99,36 @@ def test_gradients_of_supervised_equal_those_of_all_texts_at_once(size):
     ("weak", (2, 4, 1), 1), ("weak", (1, 2, 4), 3), ("supervised", (2, 2, 2), 2), ("one_task", (1, 8, 1), 1)])
 def test_on_a_mesh_too(kind, sizes, chunk):
     agree(gradients(dataclasses.replace(STAGES[kind], encode_chunk_size=chunk), sizes), at_once(kind))
+
+
+@pytest.mark.parametrize(("kind", "sizes", "chunk"), [("weak", (1, 8, 1), None), ("sft", (2, 4, 1), None), ("supervised", (1, 4, 2), 2)])
+def test_rows_that_the_devices_do_not_divide_are_spread_over_all_of_them(kind, sizes, chunk):
+    """6 rows on 8 or 4 devices; in `supervised` the 12 hard negatives do not divide either."""
+    stage = STAGES.get(kind) or examples.STAGES[kind]
+    stage = stage if chunk is None else dataclasses.replace(stage, encode_chunk_size=chunk)
+    agree(gradients(stage, sizes, rows=6), of_six(kind))
+
+
+@functools.cache
+def of_six(kind):
+    return gradients(STAGES.get(kind) or examples.STAGES[kind], rows=6)
+
+
+def test_the_work_on_few_rows_is_even():
+    """10 texts on 8 devices are encoded two a device, not ten on each."""
+    seen = []
+
+    class Watched:
+        def embed(self, params, text, mask, keys):
+            jax.debug.inspect_array_sharding(text["tokens"], callback=lambda s: seen.append(s.shard_shape(text["tokens"].shape)))
+            return jnp.sum(text["tokens"], axis=1, keepdims=True).astype(jnp.float32)
+
+    r = np.random.default_rng(0)
+    texts = {"a": examples.texts(r, 6, prompt=1), "b": examples.texts(r, 2, 2)}
+    vectors = on_mesh((2, 4, 1), lambda texts: encode_all(Watched(), None, texts, Bidirectional()), texts)
+    assert seen == [(2, examples.L)]
+    for name, text in texts.items():
+        np.testing.assert_array_equal(vectors[name], text["tokens"].sum(axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize(("sizes", "chunk"), [(None, 3), (None, 5), ((2, 4, 1), 1), ((2, 2, 2), None)])
