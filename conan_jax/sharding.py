@@ -210,6 +210,11 @@ def row_parts() -> int:
     return math.prod(shape.get(axis, 1) for axis in BATCH_AXES)
 
 
+def rows_per_device(rows: int) -> int:
+    """Rows of a batch that a device of the current mesh works on, filled up where the devices do not divide them."""
+    return -(-rows // row_parts())
+
+
 def batch_parts(rows: int) -> int:
     """Parts the rows of a batch are split into by the current mesh; 1 without a mesh, or where it does not divide them."""
     return row_parts() if rows % row_parts() == 0 else 1

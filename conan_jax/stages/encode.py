@@ -102,6 +102,11 @@ def row_keys(rng: Any, rows: Int[Array, " B"]) -> Any:
     return None if rng is None else jax.vmap(partial(jax.random.fold_in, rng))(rows)
 
 
+def describe_chunks(chunk_size: int | None) -> str:
+    """What `encode_all` does with the texts of a device, for people."""
+    return "encoded at once" if chunk_size is None else f"encoded {chunk_size:,} texts at a time"
+
+
 def count_tokens(texts: Mapping[Hashable, Mapping[str, Array]]) -> Float[Array, ""]:
     """Real tokens of all text batches together, float32."""
     return sum((jnp.sum(text["lengths"]).astype(jnp.float32) for text in texts.values()), jnp.zeros((), jnp.float32))

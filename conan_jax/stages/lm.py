@@ -36,8 +36,7 @@ class LanguageModel:
         rows = {**{name: batch[name] for name in ("tokens", "segment_ids", "positions")}, "weights": target_weights(batch),
                 "rows": jnp.arange(segments.shape[0], dtype=jnp.int32)}
         rows = {name: chunks.by_device(x) for name, x in rows.items()}
-        per_device = rows["tokens"].shape[1]  # a device with fewer rows than steps takes a row at a time
-        count = chunks.count_chunks(per_device, -(-per_device // self.config.gradient_accumulation_steps))
+        count = self._micro_batches(rows["tokens"].shape[1])
         micro_batches = {name: chunks.split(x, count) for name, x in rows.items()}
         rng = dropout(self.embedder, rng)
         if count == 1:
@@ -47,6 +46,10 @@ class LanguageModel:
         targets = jnp.sum(rows["weights"])
         loss = total / jnp.maximum(targets, 1.0)
         return loss, (carry, {"loss": loss, "tokens": jnp.sum(segments > 0).astype(jnp.float32), "target_tokens": targets})
+
+    def _micro_batches(self, rows: int) -> int:
+        """Into how many `rows` rows of a device are taken apart; one with fewer rows than steps takes a row at a time."""
+        return chunks.count_chunks(rows, -(-rows // self.config.gradient_accumulation_steps))
 
     def _sum(self, rng: Any, params: Params, batch: Batch) -> Float[Array, ""]:
         """Sum of the loss over the targets of some rows; `weights` stand on the token before each target."""
@@ -70,10 +73,13 @@ class LanguageModel:
         return Causal()
 
     def describe(self) -> dict[str, str | int | float]:
-        """Batch and objective."""
+        """Batch and objective; what a device does under the current mesh."""
         c = self.config
+        rows = sharding.rows_per_device(c.global_batch_size)
+        micro = self._micro_batches(rows)
         return {
             "global batch": f"{c.global_batch_size:,} rows x {c.sequence_length:,} tokens",
+            "batch a device": f"{rows:,} rows, {micro:,} micro-batches of {-(-rows // micro):,}" if micro > 1 else f"{rows:,} rows at once",
             "tokens a step": f"at most {c.global_batch_size * c.sequence_length:,}",
             "objective": "next token, causal" + (", on output tokens" if c.kind == "sft" else ""),
             "loss chunk": f"{c.loss_chunk_size:,} tokens a device",

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from conan_jax import sharding
 from conan_jax.config import SupervisedStage, Task
 from conan_jax.losses import cosent, info_nce, matryoshka
 from conan_jax.model import Bidirectional, Embedder
 from conan_jax.stages import hard_negatives
 from conan_jax.stages.base import Batch, Carry, Metrics, Params
-from conan_jax.stages.encode import count_tokens, dropout, encode_all, nonempty
+from conan_jax.stages.encode import count_tokens, describe_chunks, dropout, encode_all, nonempty
 from conan_jax.stages.weak import contrastive_options
 
 Texts = dict[str, Mapping[str, Any]]
@@ -121,13 +122,20 @@ class Supervised:
         return Bidirectional()
 
     def describe(self) -> dict[str, str | int | float]:
-        """Sub-batches, negatives and the replacement rule."""
+        """Sub-batches, negatives and the replacement rule; what a device does under the current mesh."""
         c = self.config
-        facts: dict[str, str | int | float] = {"update": "all tasks together" if c.update == "all_tasks" else "one task in turn"}
+        examples = [task.global_batch_size for task in c.tasks]
+        texts = [task.global_batch_size * (2 + self._own_negatives(task)) for task in c.tasks]
+        together = sum if c.update == "all_tasks" else max
+        facts: dict[str, str | int | float] = {
+            "update": "all tasks together" if c.update == "all_tasks" else "one task in turn",
+            "global batch": f"{together(examples):,} examples, {together(texts):,} texts",
+            "batch a device": f"{sharding.rows_per_device(together(texts)):,} texts, {describe_chunks(c.encode_chunk_size)}",
+        }
         for task in c.tasks:
             facts[f"sub-batch {task.name}"] = f"{task.global_batch_size:,} {task.kind}, weight {task.weight:g}, {self._negatives(task)}"
         sizes = [task.global_batch_size * self._tokens_an_example(task) for task in c.tasks]
-        facts["tokens a step"] = f"at most {sum(sizes) if c.update == 'all_tasks' else max(sizes):,}"
+        facts["tokens a step"] = f"at most {together(sizes):,}"
         if self._retrieval:
             hard = c.hard_negatives
             facts["hard negatives"] = f"{hard.num_negatives} of a pool of {hard.pool_size}, rule {hard.rule}"

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from conan_jax import sharding
 from conan_jax.config import Contrastive, WeakStage
 from conan_jax.losses import info_nce, matryoshka
 from conan_jax.model import Embedder, SoftMask, alpha_at
 from conan_jax.stages.base import Batch, Carry, Metrics, Params
-from conan_jax.stages.encode import count_tokens, dropout, encode_all, nonempty
+from conan_jax.stages.encode import count_tokens, describe_chunks, dropout, encode_all, nonempty
 
 
 class Weak:
@@ -46,11 +47,12 @@ class Weak:
         return SoftMask(alpha_at(step, self.config.steps, soft), soft.apply, soft.index)
 
     def describe(self) -> dict[str, str | int | float]:
-        """Batch, negatives and mask."""
+        """Batch, negatives and mask; what a device does under the current mesh."""
         c = self.config
         longest = max(b.query_length + b.passage_length for b in c.buckets)
         return {
             "global batch": f"{c.global_batch_size:,} pairs",
+            "batch a device": f"{sharding.rows_per_device(c.global_batch_size):,} pairs, {describe_chunks(c.encode_chunk_size)}",
             "tokens a step": f"at most {c.global_batch_size * longest:,}",
             "negatives per query": f"{c.global_batch_size - 1:,} in batch",
             "temperature": c.contrastive.temperature,

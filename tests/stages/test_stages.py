@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from conan_jax import config
+from conan_jax import config, sharding
 from conan_jax.errors import ConfigError
 from conan_jax.losses import cosent, info_nce
 from conan_jax.losses.matryoshka import truncate
@@ -223,7 +223,14 @@ def test_describe_counts_negatives_and_tokens(model):
     assert facts["sub-batch retrieval"] == "8 retrieval, weight 1, 23 negatives per query (2 its own)"
     assert facts["sub-batch classification"] == "8 classification, weight 1, 2 negatives per query"
     assert facts["tokens a step"] == f"at most {8 * 6 * (4 + 4 + 2)}"
-    assert make_stage(examples.STAGES["weak"], model[0]).describe()["negatives per query"] == "7 in batch"
+    assert facts["global batch"] == "24 examples, 80 texts" and facts["batch a device"] == "80 texts, encoded at once"
+    weak = make_stage(dataclasses.replace(examples.STAGES["weak"], encode_chunk_size=3), model[0])
+    assert weak.describe()["negatives per query"] == "7 in batch"
+    lm = make_stage(dataclasses.replace(examples.STAGES["sft"], gradient_accumulation_steps=4), model[0])
+    assert lm.describe()["batch a device"] == "8 rows, 4 micro-batches of 2"
+    with sharding.activate(sharding.make_mesh(config.Mesh(2, 2, 2))):
+        assert weak.describe()["batch a device"] == "2 pairs, encoded 3 texts at a time"
+        assert lm.describe()["batch a device"] == "2 rows, 2 micro-batches of 1"
 
 
 class OutsideStage:
