@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ FORMAT = 1
 _FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
                     "attention", "attention_block_size"}
 _MEETINGS = itertools.count()  # every meeting of processes has its own name
+# Orbax raises what goes wrong in its threads, and we explain it; it logs the traceback as well.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 def make_metadata(run: config.Run, stage: config.Stage, tokenizer_sha256: str) -> dict[str, Any]:
@@ -234,8 +237,8 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
 def restore_state(folder: Path, step: int, abstract: TrainState, verified: bool = False) -> TrainState:
     """The whole state, onto the shardings of `abstract` (of another mesh than it was saved from, if need be), by all processes together.
 
-    `verified`: the step was found to be whole a moment ago. Raises `CheckpointError` naming the file that is not as it was
-    written, or the arrays whose presence, shape or dtype differs.
+    `verified`: as above. Raises `CheckpointError` naming the file that is not as it was written, or the arrays whose presence,
+    shape or dtype differs.
     """
     if not verified:
         step_folders.refuse_damage(folder, step, _damage(folder, step_folders.existing(folder, step)))
@@ -288,10 +291,9 @@ class Start:
 def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, fallback: bool = False) -> Start:
     """The start rule: resume own run -> previous stage's weights -> scratch. All processes call it together and agree.
 
-    The step is verified against its manifest. A damaged one is refused; with `fallback` it is set aside (as `STEP.damaged`) and
-    the newest good one before it is used.
-    Raises `CheckpointError` when there is no good one, when the checkpoint belongs to another tokenizer or model, or when the
-    previous stage stopped half-way.
+    A damaged step is refused; with `fallback` it is set aside as `STEP.damaged` and the newest good one before it is used.
+    Raises `CheckpointError` when there is no good one, when it belongs to another tokenizer or model, or when the previous
+    stage stopped half-way.
     """
     own, damaged = _good_step(folder, fallback)
     if own is not None:
