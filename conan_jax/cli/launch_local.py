@@ -16,6 +16,7 @@ def local(
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
     fresh: bool = typer.Option(False, "--fresh", help="Train anew, as `conan train --fresh` does."),
+    fallback: bool = typer.Option(False, "--fallback", help="Set a damaged checkpoint aside, as `conan train --fallback` does."),
     grace_seconds: float = typer.Option(60.0, "--grace-seconds", min=0.0, help="Time the others have to end when one fails."),
 ) -> None:
     """Train a recipe in several processes here, on CPU devices: the same program, collectives and checkpoints as on a pod.
@@ -35,7 +36,7 @@ def local(
     config_io.load_run(config, overrides)  # what is wrong with it is said once, before anything starts
     command = [sys.executable, "-m", "conan_jax", "train", config]
     command += [part for override in overrides for part in ("--set", override)]
-    command += (["--stage", stage] if stage else []) + (["--fresh"] if fresh else [])
+    command += (["--stage", stage] if stage else []) + (["--fresh"] if fresh else []) + (["--fallback"] if fallback else [])
     code = Local(command, processes, devices, grace_seconds).run()
     if code:
         raise typer.Exit(code)

@@ -14,6 +14,7 @@ from rich.console import Console
 from conan_jax import config, config_io, distributed
 from conan_jax.errors import ConfigError
 from conan_jax.files import read_json, write_json
+from conan_jax.folder_lock import FolderLock
 
 FREE_KEYS = {"log_every", "checkpoint_every", "keep_checkpoints"}  # may change between a run and its resumption
 
@@ -40,16 +41,17 @@ class Recipe:
                 self._prepared = prepare(self.run, console=self.console)
         return self._prepared
 
-    def train(self, peers: distributed.Peers, only: str | None = None, fresh: bool = False) -> dict[str, Any] | None:
+    def train(self, peers: distributed.Peers, only: str | None = None, fresh: bool = False,
+              fallback: bool = False) -> dict[str, Any] | None:
         """Train every stage, or the one called `only`, evaluate each when it ends, and return the summary (None off process 0).
 
         Stages that are complete are not trained again, an interrupted one goes on from its last checkpoint. `fresh` forgets the
-        stages to train and those after them, which descend from them.
+        stages to train and those after them, which descend from them. `fallback` sets damaged checkpoints aside for older ones.
         """
         stages = [self.run.stage(only)] if only else list(self.run.stages)
         peers.alone("prepare", lambda: self._begin(stages, fresh))
         for stage in stages:
-            self._train_stage(stage, peers)
+            self._train_stage(stage, peers, fallback)
         return peers.alone("summarise", self.summarise)
 
     def _begin(self, stages: list[config.AnyStage], fresh: bool) -> None:
@@ -79,7 +81,7 @@ class Recipe:
             raise ConfigError(f"stage {stage_config.name!r} starts from stage {previous.name!r}, which has no checkpoint in {self.folder}; "
                               "train that first, or drop it from the recipe's stages to start from scratch")
 
-    def _train_stage(self, stage_config: config.AnyStage, peers: distributed.Peers) -> None:
+    def _train_stage(self, stage_config: config.AnyStage, peers: distributed.Peers, fallback: bool) -> None:
         from conan_jax.data.pipeline import Pipeline
         from conan_jax.stages import make_stage
         from conan_jax.train.loop import train_stage
@@ -97,6 +99,7 @@ class Recipe:
                 folder=folder,
                 previous_folder=self._previous_folder(stage_config),
                 console=self.console,
+                fallback=fallback,
             )
         peers.alone(f"evaluate-{stage_config.name}", lambda: self._evaluate_stage(folder, trained=result.trained_steps > 0))
 
@@ -217,12 +220,17 @@ class Recipe:
 
 @contextlib.contextmanager
 def together(run: config.Run, *, on_stderr: bool = False) -> Iterator[tuple[Recipe, distributed.Peers]]:
-    """A recipe and the processes that run it, met in its folder; the consoles of all but process 0 are silent."""
+    """A recipe and the processes that run it, met in its folder and alone in it; the consoles of all but process 0 are silent."""
     distributed.initialise()
-    with distributed.Peers(Path(run.output_dir)) as peers:
+    with distributed.Peers(Path(run.output_dir)) as peers, contextlib.ExitStack() as stack:
         console = Console(stderr=on_stderr, quiet=peers.index > 0)
         console.print(peers, highlight=False)
-        peers.alone("open", peers.forget_earlier)
+
+        def open_folder() -> None:
+            stack.enter_context(FolderLock(run.output_dir, "a training run"))
+            peers.forget_earlier()
+
+        peers.alone("open", open_folder)
         yield Recipe(run, console), peers
 
 

@@ -20,6 +20,7 @@ def train(
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
     fresh: bool = typer.Option(False, "--fresh", help="Train anew: forget the checkpoints of these stages and of all that follow."),
+    fallback: bool = typer.Option(False, "--fallback", help="Set a damaged checkpoint aside and go on from the good one before it."),
     as_json: bool = typer.Option(False, "--json", help="Print summary.json at the end, and progress on standard error."),
 ) -> None:
     """Train a recipe: prepare what is missing, train stage by stage, evaluate after each, write report.html.
@@ -41,7 +42,7 @@ def train(
     from conan_jax.cli.recipe import together
 
     with together(config_io.load_run(config, overrides), on_stderr=as_json) as (recipe, peers):
-        summary = recipe.train(peers, stage, fresh)
+        summary = recipe.train(peers, stage, fresh, fallback)
         peers.alone("report", lambda: _finish(recipe, summary, as_json))
 
 
@@ -70,10 +71,12 @@ def prepare(config: str = ConfigArgument, overrides: list[str] = SetOption) -> N
     """
     from conan_jax import config_io
     from conan_jax.cli.recipe import Recipe
+    from conan_jax.folder_lock import FolderLock
 
     console = Console()
     recipe = Recipe(config_io.load_run(config, overrides), console)
-    recipe.prepare()
+    with FolderLock(recipe.folder, "`conan prepare`"):
+        recipe.prepare()
     console.print(f"prepared: {recipe.run.data_dir}", highlight=False)
 
 

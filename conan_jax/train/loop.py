@@ -44,7 +44,7 @@ class StageResult:
 def train_stage(
     run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, pipeline: Any, tokenizer_sha256: str, folder: Path,
     previous_folder: Path | None = None, console: Console | None = None, stop: Callable[[], bool] | None = None,
-    devices: list[jax.Device] | None = None,
+    devices: list[jax.Device] | None = None, fallback: bool = False,
 ) -> StageResult:
     """Train one stage to its last step, from wherever `checkpoint.find_start` says. Every process of a run calls it alike.
 
@@ -52,6 +52,7 @@ def train_stage(
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
+        fallback: a damaged checkpoint is set aside for the newest good one before it, instead of refused.
 
     Raises:
         Preempted: asked to stop; the state is saved at the step reached.
@@ -60,7 +61,7 @@ def train_stage(
         PeerError: another process is gone.
     """
     console, is_main = console or Console(), distributed.is_main()
-    start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256)
+    start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback)
     if start.kind == "resume" and start.step >= stage_config.steps:
         console.print(f"stage {stage_config.name}: complete at step {start.step:,}", highlight=False, markup=False)
         record = metrics.last_record(folder / "metrics.jsonl") or {}
