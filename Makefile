@@ -10,7 +10,7 @@ JAX := $(shell sed -n 's/^jax==//p' requirements.txt)
 BENCHMARKS := $(filter-out %/timing.py %/tpu_compile.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-demo test-tpu bench clean
+.PHONY: help env demo test test-demo test-tpu test-slurm bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-demo: $(STAMP)  ## the demo from nothing, twice: its figures must reach the
 test-tpu: $(TPU_STAMP)  ## kernels and full-size steps compiled for TPU pods, without a TPU (1.3 GB of libtpu)
 	$(TPU_VENV)/bin/python -m pytest -rs tests/tpu
 	$(TPU_VENV)/bin/python benchmarks/tpu_compile.py --check
+
+test-slurm: $(STAMP)  ## a rendered job on a real SLURM, on loopback: preempted, requeued, completed
+	$(BIN)/python -m pytest -rs tests/slurm
 
 bench: $(STAMP)  ## all benchmarks, as JSON lines
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file --json || exit 1; done

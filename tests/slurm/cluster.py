@@ -60,7 +60,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(cpus: int = 2) -> Iterator[Cluster]:
-    """Start munged, slurmctld and slurmd; end exactly those."""
+    """Start munged, slurmctld and slurmd; end exactly those. Jobs of the partition `urgent` preempt those of `all`, the default."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a socket may have 107 characters
     daemons: list[subprocess.Popen] = []
     try:
@@ -105,9 +105,12 @@ def _write_configuration(folder: Path, cpus: int) -> None:
         "AccountingStorageType": "accounting_storage/none", "JobAcctGatherType": "jobacct_gather/none", "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU", "SlurmdParameters": "config_overrides", "ReturnToService": 2, "KillWait": 30,
         "SchedulerParameters": "sched_interval=2,bf_interval=2", "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
+        "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE",
     }
     text = "".join(f"{name}={value}\n" for name, value in lines.items())
-    text += f"NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN\nPartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE\n"
+    text += f"NodeName=localhost NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN\n"
+    text += "PartitionName=all Nodes=localhost Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE\n"
+    text += "PartitionName=urgent Nodes=localhost PriorityTier=9 MaxTime=INFINITE\n"
     (folder / "slurm.conf").write_text(text)
 
 

@@ -100,18 +100,18 @@ def test_refused_input_is_not_started_again(slurm, tmp_path):
     assert "not requeued" in (tmp_path / f"slurm-{number}.out").read_text()
 
 
-def test_the_script_outlives_a_signal_that_reaches_all_of_the_job(slurm, tmp_path):
-    """Preemption by SLURM itself signals the batch script as well as its tasks."""
+def test_a_job_that_slurm_preempts_saves_gives_way_and_comes_back(slurm, tmp_path):
     stub = tmp_path / "a stub; 'of' $python"
     stub.write_text(STUB)
     stub.chmod(0o755)
     number = submit(slurm, tmp_path, python=str(stub))
-    started = [tmp_path / f"text.txt.started-{i}" for i in range(2)]
-    wait(slurm, number, lambda job: all(s.exists() for s in started), 60, tmp_path)
-    slurm.run("scancel", "--full", "--signal=TERM", number)
-    job = wait(slurm, number, lambda job: job["JobState"] == "COMPLETED", 60, tmp_path)
+    wait(slurm, number, lambda job: all((tmp_path / f"text.txt.started-{i}").exists() for i in range(2)), 60, tmp_path)
+    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--ntasks=2", "--wrap=true", cwd=tmp_path).strip()
+    job = wait(slurm, number, lambda job: job["JobState"] == "COMPLETED", 90, tmp_path)
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"
     assert (job["ExitCode"], job["Restarts"]) == ("0:0", "1")
-    assert (tmp_path / f"slurm-{number}.out").read_text().count("again: ") == 2
+    output = (tmp_path / f"slurm-{number}.out").read_text()
+    assert "exit code 42: requeued" in output and output.count("again: ") == 2
 
 
 def test_restarts_come_to_an_end(slurm, tmp_path):
