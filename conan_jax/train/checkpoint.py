@@ -104,9 +104,9 @@ def _on_process_0(doing: str, action: Callable[[], None], advice: Callable[[], s
 class Checkpoints:
     """The checkpoints one running stage writes: asynchronous, the newest `keep` stay.
 
-    A save that fails in the background is raised by the next call as `CheckpointError`; the object is then of no
-    further use (orbax may still list the step), and a new one must be made. Several processes write into one shared
-    folder: they make the object, and call `save` and `wait`, together.
+    A save that fails in the background is raised by the next call as `CheckpointError`; the object is then of no further
+    use, and a new one is for a new process: orbax may still list the step, and still be writing parts of it.
+    Several processes write into one shared folder: they make the object, and call `save` and `wait`, together.
     """
 
     def __init__(self, folder: Path, keep: int, metadata: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
     with _reader(folder) as manager, _explained(f"restoring the weights of {folder} step {step}"):
         if abstract is None:
             here = SingleDeviceSharding(jax.local_devices()[0])
-            stored = manager.item_metadata(step)["params"]
+            stored = ocp.StandardCheckpointHandler().metadata(step_folder(folder, step).absolute() / "params")  # opens nothing else
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), stored)
         return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
 

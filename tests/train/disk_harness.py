@@ -1,6 +1,7 @@
-"""`python -m tests.train.disk_harness FOLDER tmpfs|file-size`: saves on a disk that fills up; the last line says in JSON what came of it.
+"""`python -m tests.train.disk_harness FOLDER tmpfs|file-size|again`: saves on a disk that fills up; the last line says in JSON how it went.
 
 tmpfs: FOLDER is on a small file system, which fills up after the save has looked for room. file-size: no file may be longer than a limit.
+again: the disk has room again, in a new process, as after a restart.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -50,29 +52,30 @@ def is_whole(folder: Path, step: int) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state)))
 
 
-def main(folder: Path, kind: str) -> None:
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def fill(folder: Path, kind: str) -> dict[str, Any]:
     said = {"first": save(folder, 4), "too big": save(folder, 5, size=2**26) if kind == "tmpfs" else None}
-    filler, look = folder / "filler", step_folders.refuse_full_disk
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    look = step_folders.refuse_full_disk
 
     def look_then_fill(place: Path, needed: int) -> None:
         look(place, needed)
         if kind == "tmpfs":
-            filler.write_bytes(b"\0" * (shutil.disk_usage(place).free - WEIGHTS // 2))
+            (folder / "filler").write_bytes(b"\0" * (shutil.disk_usage(place).free - WEIGHTS // 2))
         else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (WEIGHTS // 2, unlimited[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (WEIGHTS // 2, -1))
 
     step_folders.refuse_full_disk = look_then_fill
     said["midway"] = save(folder, 6)
-    step_folders.refuse_full_disk = look
-    said |= {"left": sorted(p.name for p in (folder / "checkpoints").iterdir()), "latest": checkpoint.latest_step(folder)}
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    filler.unlink(missing_ok=True)
-    said["step 4 is whole"] = is_whole(folder, 4)
-    said["again"] = save(folder, 6)
-    said |= {"left at the end": sorted(p.name for p in (folder / "checkpoints").iterdir()), "step 6 is whole": is_whole(folder, 6)}
-    print(json.dumps(said))
+    return said | {"left": names(folder), "latest": checkpoint.latest_step(folder), "step 4 is whole": is_whole(folder, 4)}
+
+
+def again(folder: Path) -> dict[str, Any]:
+    (folder / "filler").unlink(missing_ok=True)
+    return {"again": save(folder, 6), "left at the end": names(folder), "step 6 is whole": is_whole(folder, 6)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    print(json.dumps(again(Path(sys.argv[1])) if sys.argv[2] == "again" else fill(Path(sys.argv[1]), sys.argv[2])))

@@ -1,19 +1,24 @@
 """What is saved comes back bit for bit; what does not belong here is refused by name."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import math
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from conan_jax import config, sharding
-from conan_jax.errors import CheckpointError
+from conan_jax.errors import CheckpointError, Preempted
 from conan_jax.train import checkpoint
+from conan_jax.train.loop import train_stage
 from conan_jax.train.state import TrainState
-from tests.train.toy_stage import toy_run
+from tests.train.toy_stage import ToyEmbedder, ToyPipeline, ToyStage, toy_run
 
 RUN = toy_run(8)
 STAGE = RUN.stages[0]
@@ -22,7 +27,7 @@ AXES = TrainState(step=(), params=WEIGHTS, opt_state=(WEIGHTS, ()), carry={"s0":
 
 
 def make_state(step, sizes=(1, 8, 1)):
-    mesh = sharding.make_mesh(config.Mesh(*sizes))
+    mesh = sharding.make_mesh(config.Mesh(*sizes), jax.devices()[: math.prod(sizes)])
     rng = np.random.default_rng(step)
     count, weights, moment = np.int32(step), *rng.normal(size=(2, 16, 8)).astype(np.float32)
     values = TrainState(step=count, params={"w": weights}, opt_state=({"w": moment}, count),
@@ -39,21 +44,24 @@ def same(a, b):
         np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def save(folder, *steps, run=RUN, tokenizer="aaa", keep=2):
+def save(folder, *steps, run=RUN, tokenizer="aaa", keep=2, state=None):
     checkpoints = checkpoint.Checkpoints(folder, keep, checkpoint.make_metadata(run, run.stages[0], tokenizer))
     for step in steps:
-        checkpoints.save(step, make_state(step))
+        checkpoints.save(step, make_state(step) if state is None else state)
     checkpoints.close()
     return folder
 
 
 def test_a_state_returns_bit_for_bit_onto_any_mesh(tmp_path):
     save(tmp_path, 5)
-    for sizes in ((1, 8, 1), (2, 2, 2)):
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 1), (1, 4, 1), (2, 1, 2)):
         target = abstract(make_state(0, sizes))
         back = checkpoint.restore_state(tmp_path, 5, target)
         assert same(back, make_state(5)) and np.isnan(back.carry["s0"][0])
-        assert back.params["w"].sharding == target.params["w"].sharding
+        assert back.params["w"].sharding == target.params["w"].sharding and len(back.params["w"].sharding.device_set) == math.prod(sizes)
+        # And from there, as after a restart on yet another number of devices.
+        save(tmp_path / str(sizes), 7, state=back)
+        assert same(checkpoint.restore_state(tmp_path / str(sizes), 7, abstract(make_state(0))), make_state(5))
 
 
 def test_weights_alone_return_on_one_device(tmp_path):
@@ -161,3 +169,27 @@ def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="opening .* for writing failed"):
         save(tmp_path, 1)
+
+
+def test_training_goes_on_bit_for_bit_on_the_same_mesh_and_closely_on_another(tmp_path):
+    """The same numbers and the same batches; only the order of sums differs between meshes."""
+    def train(folder, steps, devices):
+        run = toy_run(12, checkpoint_every=6)
+        stop = iter([False] * (steps + 1) + [True] * 12) if steps < 12 else None
+        with contextlib.suppress(Preempted):
+            train_stage(run, run.stages[0], stage=ToyStage(), embedder=ToyEmbedder(), pipeline=ToyPipeline(), tokenizer_sha256="aaa",
+                        folder=folder, console=Console(file=io.StringIO()), devices=jax.devices()[:devices], stop=stop and stop.__next__)
+
+    def arrays(folder):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoint.restore_params(folder))]
+
+    train(tmp_path / "whole", 12, devices=4)
+    for devices in (4, 1, 8):
+        folder = tmp_path / str(devices)
+        train(folder, 6, devices=4)
+        assert 6 <= checkpoint.latest_step(folder) < 12
+        train(folder, 12, devices=devices)
+        assert checkpoint.latest_step(folder) == 12
+        for ours, whole in zip(arrays(folder), arrays(tmp_path / "whole")):
+            np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+            assert devices != 4 or ours.tobytes() == whole.tobytes()
