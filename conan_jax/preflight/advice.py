@@ -7,6 +7,7 @@ is for the compiler to say (`prove`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,7 +16,7 @@ from conan_jax.config_io import override
 from conan_jax.errors import ConfigError
 from conan_jax.hardware import CHIPS, TOPOLOGIES, Accelerator, accelerator
 from conan_jax.preflight.report import Fix, Report
-from conan_jax.preflight.work import rows_of
+from conan_jax.preflight.work import chunks_of
 
 ROOM = 0.8  # of the limit that a plan aims at: the compiler's plan does not shrink quite in proportion
 STATE_SHARE = 0.6  # of a device's memory that the state may fill when a larger accelerator is named
@@ -83,14 +84,18 @@ def prove(run: config.Run, stage_config: config.AnyStage, report: Report, compil
 
 
 def larger_accelerator(report: Report) -> str | None:
-    """The smallest accelerator (by its peak FLOP/s) whose devices could hold parameters, optimizer state and carry between them with
-    room for activations; None when the table has none. Fully sharded state is assumed."""
+    """The smallest accelerator with more memory than this one whose devices could hold parameters, optimizer state and carry between them,
+    with room for activations; fully sharded state is assumed. Of the same chips if there is one, else of the same kind (TPU or GPU), the
+    smallest by its peak FLOP/s; None when the table has none."""
     here = accelerator(report.accelerator)
-    choices = [*_every_tpu(), *(accelerator(f"{kind}-{n}") for kind, chip in CHIPS.items() if chip.platform == "gpu"
-                                for n in (1, 2, 4, 8, 16, 32, 64, 128))]
-    able = [one for one in choices if one.chip.hbm_bytes and report.checkpoint_bytes <= STATE_SHARE * one.chips * one.chip.hbm_bytes]
-    able = [one for one in able if one.chips * one.chip.hbm_bytes > report.slices * here.chips * (report.hbm_bytes_per_device or 0)]
-    return min(able, key=lambda one: one.chips * one.chip.peak_flops).name if able else None
+    memory = report.slices * here.chips * (report.hbm_bytes_per_device or 0)
+    able = [one for one in _rentable() if one.chips * one.chip.hbm_bytes > memory
+            and report.checkpoint_bytes <= STATE_SHARE * one.chips * one.chip.hbm_bytes]
+
+    def distance(one: Accelerator) -> tuple[bool, bool, float]:
+        return one.chip != here.chip, one.chip.platform != here.chip.platform, one.chips * one.chip.peak_flops
+
+    return min(able, key=distance).name if able else None
 
 
 def _excess(report: Report) -> float:
@@ -110,10 +115,8 @@ def _accumulations(stage: config.LMStage, devices: int, excess: float) -> Iterat
 
 def _chunks(stage: config.WeakStage | config.SupervisedStage, devices: int, excess: float) -> Iterator[int]:
     """Texts a device that would do, as a power of two, then a quarter of that."""
-    by_length: dict[int, int] = {}
-    for rows, length in rows_of(stage):
-        by_length[length] = by_length.get(length, 0) + -(-rows // devices)
-    now = min(stage.encode_chunk_size or max(by_length.values()), max(by_length.values()))
+    whole = max(chunks_of(dataclasses.replace(stage, encode_chunk_size=1), devices).values())
+    now = min(stage.encode_chunk_size or whole, whole)
     size = 1 if math.isinf(excess) else max(1, int(now / excess))
     size = 1 << (size.bit_length() - 1)
     yield from dict.fromkeys(n for n in (size, max(1, size // 4)) if n < now)
@@ -134,6 +137,9 @@ def _by_turn(found: list[Fix]) -> list[Fix]:
     return [*first.values(), *later]
 
 
-def _every_tpu() -> Iterator[Accelerator]:
+def _rentable() -> Iterator[Accelerator]:
     for kind, slices in TOPOLOGIES.items():
         yield from (accelerator(f"{kind}:{shape}") for shape in slices.values())
+    for kind, chip in CHIPS.items():
+        if chip.platform == "gpu":
+            yield from (accelerator(f"{kind}-{nodes * chip.chips_per_host}") for nodes in (1, 2, 4, 8, 16, 32))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from conan_jax import config
+from conan_jax import config, sharding
 from conan_jax.hardware import Accelerator
 from conan_jax.model.attention import choose
 from conan_jax.preflight import collectives, program, roofline, work
@@ -47,7 +47,7 @@ def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Acc
         hosts=accelerator.hosts * slices, mesh=mesh, batch=describe_batch(stage_config),
         fits=compiled.text is not None and (compiled.peak <= limit if limit is not None else None),
         peak_bytes_per_device=compiled.peak, hbm_bytes_per_device=limit, memory=_memory(placed, compiled),
-        tokens_per_step=done.tokens, flops_per_step=done.model_flops, hardware_flops_per_step=done.hardware_flops,
+        tokens_per_step=round(done.tokens), flops_per_step=done.model_flops, hardware_flops_per_step=done.hardware_flops,
         steps=stage_config.steps, checkpoint_bytes=checkpoint, checkpoint_bytes_per_host=per_host, num_examples=examples,
         compile_seconds=round(compiled.seconds, 1), notes=tuple(notes), refused=compiled.refused, **facts)
 
@@ -94,7 +94,7 @@ def _memory(placed: program.Placed, compiled: program.Compiled) -> dict[str, int
     state = placed.state
     counters = (state.step, state.skipped, state.skipped_in_row)
     held = {"parameters": state.params, "optimizer_state": (state.opt_state, counters), "carry": state.carry, "batch": placed.batch}
-    sizes = {kind: program.bytes_per_device(tree) for kind, tree in held.items()}
+    sizes = {kind: sharding.bytes_per_device(tree) for kind, tree in held.items()}
     given = sum(sizes.values())
     arguments = max(given, compiled.arguments or 0)
     return {**sizes, "padding": arguments - given, "activations_and_temporaries": max(0, compiled.peak - arguments)}

@@ -93,8 +93,10 @@ def compile_step(run: config.Run, stage_config: config.AnyStage, num_examples: d
     began = time.perf_counter()
     lowered = lower_step(run, stage_config, stage=make_stage(stage_config, placed.embedder), embedder=placed.embedder,
                          batch=batch_shapes(stage_config), num_examples=num_examples, mesh=placed.mesh)
+    # No CPU program made here is ever run: its memory is planned before the machine code, which need not be good.
+    options = {"xla_backend_optimization_level": 0} if placed.mesh.devices.flat[0].platform == "cpu" else None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed = refused_bytes(str(error))
         if needed is None:
@@ -116,11 +118,6 @@ def refused_bytes(message: str) -> int | None:
         if found:
             return int(float(found[1]) * _UNITS[found[2]])
     return None
-
-
-def bytes_per_device(tree: Any) -> int:
-    """What one device holds of the arrays of `tree`, `ShapeDtypeStruct`s with shardings, without padding."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def saved_bytes(tree: Any) -> tuple[int, int]:

@@ -85,11 +85,11 @@ def link_bandwidth(accelerator: Accelerator, members: int) -> float | None:
 def moved_bytes(model: config.Model, work: Work, parameters: int, body_parameters: int, mesh: dict[str, int], predicts: bool) -> float:
     """Bytes that one device reads from and writes to its memory in a step, estimated as above."""
     number = 2 if model.compute_dtype == "bfloat16" else 4
-    tokens = work.tokens / (mesh["data"] * mesh["fsdp"])
+    parts = mesh["data"] * mesh["fsdp"]
     kv = 2 * model.num_kv_heads * model.head_dim
     a_token = 2 * (6 * model.hidden_size + (kv + 3 * model.intermediate_size) / mesh["tensor"])
-    activations = tokens * model.num_layers * a_token * number * (work.forwards + 2)
-    weights = 2 * number * body_parameters / mesh["tensor"] * (work.forwards + 2) * work.calls
-    logits = 4 * 4 * tokens * model.vocab_size / mesh["tensor"] if predicts else 0.0
+    activations = work.token_passes / parts * model.num_layers * a_token * number
+    weights = 2 * number * body_parameters / mesh["tensor"] * work.weight_passes
+    logits = 4 * 4 * work.tokens / parts * model.vocab_size / mesh["tensor"] if predicts else 0.0
     optimizer = 2 * 4 * 4 * parameters / math.prod(mesh[axis] for axis in ("fsdp", "tensor"))
     return activations + weights + logits + optimizer

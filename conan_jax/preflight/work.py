@@ -5,7 +5,8 @@ as a real token. A row of L tokens costs 6 N a token (N: parameters outside the 
 the whole row without a discount for a causal mask, and 6 V D where the stage predicts tokens.
 
 `hardware_flops` adds what the devices really compute beside it:
-  * model.remat="full" runs the blocks forward once more; encoding in chunks (GradCache) runs the whole of it forward once more;
+  * model.remat="full" runs each block forward once more, but for its last product, whose result no gradient needs; encoding in
+    chunks (GradCache) runs the whole of it forward once more;
   * attention that keeps no scores forms them again for its gradient: one product more in the blockwise path (14 layers H C L in all),
     three more in the two TPU kernels (18), which may leave out half of all blocks under a causal mask (not counted);
   * the similarity scores of a contrastive loss, 6 x queries x candidates x width, at every Matryoshka width.
@@ -27,29 +28,30 @@ _ATTENTION_BACKWARD = {"dense": 8, "blockwise": 10, "pallas_tpu": 14}  # times H
 
 @dataclass(frozen=True)
 class Work:
-    """One step. `forwards`: how often the blocks run forward for one backward pass. `calls`: how often they run in turn, each time
-    with all of the weights (micro-batches, or chunks of texts)."""
+    """One step on all devices together.
 
-    tokens: int
+    `weight_passes`: how often the blocks' weights are gone through, once for each time that the blocks run forward and twice for their
+    gradient, in every micro-batch or chunk. `token_passes`: the same of each token, summed over tokens.
+    """
+
+    tokens: float
     model_flops: float
     hardware_flops: float
-    forwards: int
-    calls: int
+    weight_passes: float
+    token_passes: float
 
 
-def rows_of(stage: config.AnyStage, bucket: config.Bucket | None = None) -> list[tuple[int, int]]:
+def rows_of(stage: config.AnyStage) -> list[tuple[int, int]]:
     """(rows, tokens a row) of every text batch that one step runs through the model.
 
-    Args:
-        bucket: of a `weak` stage; by default the one with most tokens, as `data.shapes.batch_shapes` takes it.
-
-    Under `update="one_task"` these are the texts of all tasks, whose turns take as many steps.
+    Of a `weak` stage with several buckets, the one with most tokens is taken, as `data.shapes.batch_shapes` does. Under
+    `update="one_task"` these are the texts of all tasks, whose turns take as many steps.
     """
     match stage:
         case config.LMStage():
             return [(stage.global_batch_size, stage.sequence_length)]
         case config.WeakStage():
-            bucket = bucket or max(stage.buckets, key=lambda b: b.query_length + b.passage_length)
+            bucket = max(stage.buckets, key=lambda b: b.query_length + b.passage_length)
             return [(stage.global_batch_size, bucket.query_length), (stage.global_batch_size, bucket.passage_length)]
         case config.SupervisedStage():
             return [rows for task in stage.tasks for rows in _rows_of_task(task, stage.hard_negatives.num_negatives)]
@@ -65,41 +67,43 @@ def turns_of(stage: config.AnyStage) -> int:
     return len(stage.tasks) if getattr(stage, "update", "") == "one_task" else 1
 
 
-def chunks_of(stage: config.AnyStage, devices: int) -> int:
-    """Parts that a step runs through the model in turn on each device: micro-batches of an LM stage, chunks of a contrastive one."""
-    if isinstance(stage, config.LMStage):
-        return stage.gradient_accumulation_steps
-    size = getattr(stage, "encode_chunk_size", None)
-    if size is None:
-        return 1
-    by_length: dict[int, int] = {}
+def chunks_of(stage: config.AnyStage, devices: int) -> dict[int, int]:
+    """Row length -> parts that its rows run through the model in, one after the other on each device.
+
+    Micro-batches of an LM stage; of the others, chunks of all texts of one length together (`stages.encode.encode_all`).
+    """
+    rows_a_device: dict[int, int] = {}
     for rows, length in rows_of(stage):
-        by_length[length] = by_length.get(length, 0) + -(-rows // devices)
-    return max(-(-rows // size) for rows in by_length.values())
+        rows_a_device[length] = rows_a_device.get(length, 0) + -(-rows // devices)
+    if isinstance(stage, config.LMStage):
+        steps = stage.gradient_accumulation_steps
+        return {length: -(-rows // -(-rows // steps)) for length, rows in rows_a_device.items()}
+    size = getattr(stage, "encode_chunk_size", None)
+    return {length: 1 if size is None else -(-rows // size) for length, rows in rows_a_device.items()}
 
 
-def measure(model: config.Model, stage: config.AnyStage, body_parameters: int, attention: Attention, devices: int,
-            bucket: config.Bucket | None = None) -> Work:
+def measure(model: config.Model, stage: config.AnyStage, body_parameters: int, attention: Attention, devices: int) -> Work:
     """The work of one update of `stage`; the mean of their turns where its tasks take turns.
 
     Args:
         body_parameters: parameters outside the embedding table.
         devices: parts that the rows are divided into (mesh data x fsdp).
     """
-    calls, turns = chunks_of(stage, devices), turns_of(stage)
-    predicts = isinstance(stage, config.LMStage)
-    forwards = 1 + (model.remat == "full") + (calls > 1 and not predicts)
-    model_flops = hardware_flops = tokens = 0.0
-    for rows, length in rows_of(stage, bucket):
+    chunks, turns, predicts = chunks_of(stage, devices), turns_of(stage), isinstance(stage, config.LMStage)
+    forwards = {length: 1 + (model.remat == "full") + (count > 1 and not predicts) for length, count in chunks.items()}
+    vocabulary = 6 * model.vocab_size * model.hidden_size if predicts else 0
+    model_flops, hardware_flops, tokens, token_passes = 0.0, _scores(stage, model.hidden_size), 0.0, 0.0
+    for rows, length in rows_of(stage):
+        n = rows * length
         attention_unit = model.num_layers * model.num_heads * model.head_dim * length
-        vocabulary = 6 * model.vocab_size * model.hidden_size if predicts else 0
         forward = 2 * body_parameters + 4 * attention_unit
         backward = 4 * body_parameters + _ATTENTION_BACKWARD[attention] * attention_unit
-        tokens += rows * length
-        model_flops += rows * length * (6 * body_parameters + 12 * attention_unit + vocabulary)
-        hardware_flops += rows * length * (forwards * forward + backward + vocabulary)
-    hardware_flops += _scores(stage, model.hidden_size)
-    return Work(round(tokens / turns), model_flops / turns, hardware_flops / turns, forwards, calls)
+        model_flops += n * (6 * body_parameters + 12 * attention_unit + vocabulary)
+        unneeded = 2 * model.num_layers * model.intermediate_size * model.hidden_size if model.remat == "full" else 0
+        hardware_flops += n * (forwards[length] * forward - unneeded + backward + vocabulary)
+        tokens, token_passes = tokens + n, token_passes + n * (forwards[length] + 2)
+    weight_passes = sum(count * (forwards[length] + 2) for length, count in chunks.items())
+    return Work(*(figure / turns for figure in (tokens, model_flops, hardware_flops, weight_passes, token_passes)))
 
 
 def _rows_of_task(task: config.Task, hard_negatives: int) -> list[tuple[int, int]]:

@@ -26,8 +26,8 @@ def topology_devices(name: str) -> list[Any]:
         ConfigError: libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'jax[tpu]=={jax.__version__}' (1.3 GB, "
-                          "best in an environment of its own; `make test-tpu` makes one)")
+        raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'conan_jax[preflight]', or "
+                          f"'jax[tpu]=={jax.__version__}' (1.3 GB, in an environment of its own; `make test-tpu` makes one)")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except jax.errors.JaxRuntimeError as error:
