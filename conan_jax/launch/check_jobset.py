@@ -33,10 +33,10 @@ def check_jobset(spec: LaunchSpec, text: str, run: config.Run | None) -> Iterato
         yield Finding("kubernetes", "the Jobs were not held to Kubernetes' own schema: kubernetes-validate is not installed "
                                     "(pip install 'conan_jax[launch]')", serious=False)
     jobs = [(r, r["template"]["spec"]) for r in manifest["spec"]["replicatedJobs"]]
-    pods = [job.get("template", {}).get("spec", {}) for _, job in jobs]
+    pods = [job["template"]["spec"] for _, job in jobs]
     yield from _check_names(manifest)
     yield from _check_devices(spec, jobs)
-    yield from _check_restarts(manifest["spec"].get("failurePolicy") or {}, jobs)
+    yield from _check_restarts(manifest["spec"].get("failurePolicy", {}), jobs)
     for pod in pods:
         yield from _check_privileges(pod)
         yield from _check_signal(pod)
@@ -47,8 +47,8 @@ def check_jobset(spec: LaunchSpec, text: str, run: config.Run | None) -> Iterato
 def _check_names(manifest: dict[str, Any]) -> Iterator[Finding]:
     """Pod names are host names: NAME-JOBS-JOB-POD-xxxxx must be an RFC 1035 label."""
     for replicated in manifest["spec"]["replicatedJobs"]:
-        completions = replicated["template"]["spec"].get("completions") or 1
-        longest = f"{manifest['metadata']['name']}-{replicated['name']}-{replicated.get('replicas', 1) - 1}-{completions - 1}-abcde"
+        last = replicated["template"]["spec"].get("completions", 1) - 1
+        longest = f"{manifest['metadata']['name']}-{replicated['name']}-{replicated['replicas'] - 1}-{last}-abcde"
         if len(longest) > _LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", longest):
             yield Finding("names", f"pods would be called {longest}: at most {_LONGEST_NAME} characters, from a letter, of a-z, 0-9 and '-'; "
                                    "use a shorter --name")
@@ -59,20 +59,23 @@ def _check_devices(spec: LaunchSpec, jobs: list[tuple[dict[str, Any], dict[str, 
     platform, hardware = spec.hardware.chip.platform, spec.hardware
     chips = 0
     for replicated, job in jobs:
-        pods = job.get("completions") or 1
+        name, pods, pod = replicated["name"], job.get("completions", 1), job["template"]["spec"]
         if job.get("parallelism") != pods or job.get("completionMode") != "Indexed":
-            yield Finding("devices", f"{replicated['name']}: all {pods} pods must run at once and be numbered "
+            yield Finding("devices", f"{name}: all {pods} pods must run at once and be numbered "
                                      "(parallelism = completions, completionMode Indexed)")
-        for container in job.get("template", {}).get("spec", {}).get("containers", ()):
-            limit = (container.get("resources") or {}).get("limits", {}).get(RESOURCES.get(platform), hardware.chips_per_host)
-            if platform in RESOURCES and RESOURCES[platform] not in (container.get("resources") or {}).get("limits", {}):
-                yield Finding("devices", f"{replicated['name']}: its container asks for no {RESOURCES[platform]}")
-            chips += replicated.get("replicas", 1) * pods * int(limit)
-        selector = job.get("template", {}).get("spec", {}).get("nodeSelector") or {}
+        if platform in RESOURCES:
+            limits = [container.get("resources", {}).get("limits", {}).get(RESOURCES[platform]) for container in pod["containers"]]
+            each = sum(int(limit) for limit in limits if str(limit).isdecimal())
+            if not each:
+                yield Finding("devices", f"{name}: no container asks for {RESOURCES[platform]}")
+        else:
+            each = hardware.chips_per_host
+        chips += replicated["replicas"] * pods * each
+        selector = pod.get("nodeSelector", {})
         topology = selector.get("cloud.google.com/gke-tpu-topology", "")
         label = selector.get("cloud.google.com/gke-tpu-accelerator") or selector.get("cloud.google.com/gke-accelerator") or ""
         if (topology, label) != (hardware.topology, hardware.chip.gke_label):
-            yield Finding("devices", f"{replicated['name']}: nodes of {label or 'any kind'} {topology} are chosen, while {hardware.name} is "
+            yield Finding("devices", f"{name}: nodes of {label or 'any kind'} {topology} are chosen, while {hardware.name} is "
                                      f"{hardware.chip.gke_label or 'any kind'} {hardware.topology}")
     if chips != spec.chips:
         yield Finding("devices", f"the pods hold {chips} chips together, and {spec.slices} x {hardware.name} is {spec.chips}")
@@ -94,10 +97,10 @@ def _check_restarts(policy: dict[str, Any], jobs: list[tuple[dict[str, Any], dic
         name = replicated["name"]
         if job.get("backoffLimit") != 0:
             yield Finding("restarts", f"{name}: backoffLimit must be 0, or one pod would be started again among processes that go on without it")
-        if job.get("template", {}).get("spec", {}).get("restartPolicy") != "Never":
+        if job["template"]["spec"].get("restartPolicy") != "Never":
             yield Finding("restarts", f"{name}: restartPolicy must be Never, or a container would be started again alone")
-        codes = [code for rule in (job.get("podFailurePolicy") or {}).get("rules", ()) if rule.get("action") == "FailJob"
-                 for code in (rule.get("onExitCodes") or {}).get("values", ()) if rule["onExitCodes"].get("operator") == "In"]
+        exits = [rule.get("onExitCodes") for rule in job.get("podFailurePolicy", {}).get("rules", ()) if rule["action"] == "FailJob"]
+        codes = [code for exit_codes in exits if exit_codes and exit_codes["operator"] == "In" for code in exit_codes["values"]]
         if codes != [EXIT_BAD_INPUT]:
             yield Finding("restarts", f"{name}: podFailurePolicy must fail the Job on exit code {EXIT_BAD_INPUT} and on no other, not on {codes}")
 
@@ -107,24 +110,24 @@ def _check_privileges(pod: dict[str, Any]) -> Iterator[Finding]:
     for name in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(name):
             yield Finding("privileges", f"{name} opens the machine to the pod; leave it out")
-    for volume in pod.get("volumes") or ():
+    for volume in pod.get("volumes", ()):
         if "hostPath" in volume:
             yield Finding("privileges", f"volume {volume.get('name')} is a folder of the machine (hostPath); use a claim")
-    for container in [*(pod.get("containers") or ()), *(pod.get("initContainers") or ())]:
-        security = container.get("securityContext") or {}
+    for container in [*pod["containers"], *pod.get("initContainers", ())]:
+        security = container.get("securityContext", {})
         if security.get("privileged"):
             yield Finding("privileges", f"container {container['name']} is privileged; leave it out")
         if security.get("allowPrivilegeEscalation") is not False:
             yield Finding("privileges", f"container {container['name']}: allowPrivilegeEscalation must be false")
-        added = (security.get("capabilities") or {}).get("add")
+        added = security.get("capabilities", {}).get("add")
         if added:
             yield Finding("privileges", f"container {container['name']} adds capabilities {', '.join(added)}; leave them out")
 
 
 def _check_signal(pod: dict[str, Any]) -> Iterator[Finding]:
     """SIGTERM goes to the first process of a container: it must be Python itself."""
-    for container in pod.get("containers") or ():
-        command = [*(container.get("command") or ()), *(container.get("args") or ())]
+    for container in pod["containers"]:
+        command = [*container.get("command", ()), *container.get("args", ())]
         program = PurePosixPath(command[0]).name if command else ""
         if not program or program in SHELLS or command[1:4] != ["-m", "conan_jax", "train"]:
             yield Finding("signal", f"container {container['name']} starts {program or 'what its image starts'}: SIGTERM would not reach Python; "
@@ -133,8 +136,8 @@ def _check_signal(pod: dict[str, Any]) -> Iterator[Finding]:
 
 def _check_output(pod: dict[str, Any], run: config.Run) -> Iterator[Finding]:
     """A pod's own disk ends with it: the run's folder must lie on a claim."""
-    claims = {v["name"] for v in pod.get("volumes") or () if "persistentVolumeClaim" in v}
-    mounts = [PurePosixPath(m["mountPath"]) for c in pod.get("containers") or () for m in c.get("volumeMounts") or ()
+    claims = {v["name"] for v in pod.get("volumes", ()) if "persistentVolumeClaim" in v}
+    mounts = [PurePosixPath(m["mountPath"]) for c in pod["containers"] for m in c.get("volumeMounts", ())
               if m["name"] in claims and not m.get("readOnly")]
     folder = PurePosixPath(run.output_dir)
     if not any(folder.is_relative_to(mount) for mount in mounts):

@@ -74,7 +74,7 @@ def _check_directives(spec: LaunchSpec, text: str) -> Iterator[Finding]:
 
 
 def _check_restarts(spec: LaunchSpec, text: str) -> Iterator[Finding]:
-    arm = {"slurm": rf"^\s*([\d| ]*\|\s*)?{EXIT_BAD_INPUT}(\s*\|[\d| ]*)?\)", "tpu-vm": rf'"\$code" -eq {EXIT_BAD_INPUT} \]; then break'}
+    arm = {"slurm": rf"^\s*([\d| ]*\|\s*)?{EXIT_BAD_INPUT}(\s*\|[\d| ]*)?\)", "tpu-vm": rf'"\$code" -eq {EXIT_BAD_INPUT} \].*; then break'}
     if not re.search(arm[spec.target], text, re.MULTILINE):
         yield Finding("restarts", f"exit code {EXIT_BAD_INPUT} is not told from others: a wrong configuration would start again and again")
     if spec.target == "slurm" and "scontrol requeue" not in text:

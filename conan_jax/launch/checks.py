@@ -27,7 +27,8 @@ def check(folder: Path) -> list[Finding]:
     spec = read(folder)
     text = manifest_file(spec, folder).read_text(encoding="utf-8")
     findings: list[Finding] = []
-    run = None
+    run: config.Run | None = None
+    stages: list[config.AnyStage] = []
     try:
         run = config_io.load_run(spec.config, run_overrides(spec))
         stages = [run.stage(spec.stage)] if spec.stage else list(run.stages)

@@ -1,7 +1,7 @@
 """The fields of a JobSet that a launch may hold, after the published API jobset.x-k8s.io/v1alpha2: types, required ones, choices.
 
-A field that is not here is refused, so a slip of the pen in a manifest is seen before a cluster drops it in silence. The Jobs inside
-belong to Kubernetes and are held to its own schema, `check_job`.
+A field of the JobSet that is not here is refused, so a slip of the pen is seen before a cluster drops it in silence. The Jobs inside
+belong to Kubernetes: here stands what our rules read of them, the whole is held to Kubernetes' own schema (`check_job`).
 """
 
 from __future__ import annotations
@@ -57,11 +57,111 @@ class FailurePolicy(_Strict):
     rules: list[FailurePolicyRule] | None = None
 
 
+class _Open(pydantic.BaseModel):
+    """Part of a Job: the fields that the rules read; of others Kubernetes' own schema is the judge."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+
+class Capabilities(_Open):
+    """A container's `securityContext.capabilities`."""
+
+    add: list[str] | None = None
+
+
+class SecurityContext(_Open):
+    """A container's `securityContext`."""
+
+    privileged: bool | None = None
+    allowPrivilegeEscalation: bool | None = None
+    capabilities: Capabilities | None = None
+
+
+class Resources(_Open):
+    """A container's `resources`."""
+
+    limits: dict[str, int | str] | None = None
+
+
+class Mount(_Open):
+    """One of a container's `volumeMounts`."""
+
+    name: str
+    mountPath: str
+    readOnly: bool | None = None
+
+
+class Volume(_Open):
+    """One of a pod's `volumes`."""
+
+    name: str
+
+
+class Container(_Open):
+    """One of a pod's `containers`."""
+
+    name: str
+    command: list[str] | None = None
+    args: list[str] | None = None
+    resources: Resources | None = None
+    securityContext: SecurityContext | None = None
+    volumeMounts: list[Mount] | None = None
+
+
+class Pod(_Open):
+    """A pod's `spec`."""
+
+    containers: Annotated[list[Container], Field(min_length=1)]
+    initContainers: list[Container] | None = None
+    volumes: list[Volume] | None = None
+    nodeSelector: dict[str, str] | None = None
+    restartPolicy: Literal["Never", "OnFailure"] | None = None
+    terminationGracePeriodSeconds: Count | None = None
+
+
+class PodTemplate(_Open):
+    """A Job's `template`."""
+
+    spec: Pod
+
+
+class OnExitCodes(_Strict):
+    """Which exit codes a rule is about."""
+
+    containerName: str | None = None
+    operator: Literal["In", "NotIn"]
+    values: Annotated[list[int], Field(min_length=1)]
+
+
+class PodFailureRule(_Open):
+    """One of `podFailurePolicy.rules`."""
+
+    action: Literal["FailJob", "FailIndex", "Ignore", "Count"]
+    onExitCodes: OnExitCodes | None = None
+
+
+class PodFailurePolicy(_Strict):
+    """A Job's `podFailurePolicy`."""
+
+    rules: list[PodFailureRule]
+
+
+class Job(_Open):
+    """A Job's `spec`."""
+
+    completions: Annotated[int, Field(ge=1)] | None = None
+    parallelism: Count | None = None
+    completionMode: Literal["Indexed", "NonIndexed"] | None = None
+    backoffLimit: Count | None = None
+    podFailurePolicy: PodFailurePolicy | None = None
+    template: PodTemplate
+
+
 class JobTemplate(_Strict):
     """A Job's metadata and spec."""
 
     metadata: dict[str, Any] | None = None
-    spec: dict[str, Any]
+    spec: Job
 
 
 class ReplicatedJob(_Strict):
@@ -102,16 +202,16 @@ class JobSet(_Strict):
 
 
 def parse(text: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The manifest as data, and what is wrong with it as a JobSet."""
+    """The manifest as data (without what is null, which means left out), and what is wrong with it as a JobSet."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         return None, [f"is not YAML: {_one_line(error)}"]
     try:
-        JobSet.model_validate(data)
+        manifest = JobSet.model_validate(data)
     except pydantic.ValidationError as error:
         return None, [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-    return data, []
+    return manifest.model_dump(exclude_none=True), []
 
 
 def check_job(template: dict[str, Any]) -> list[str] | None:

@@ -46,7 +46,7 @@ def startup_script(spec: LaunchSpec) -> str:
         "    code=$?",
         "  fi",
         "  child=''",
-        f'  if [ "$code" -eq 0 ] || [ "$code" -eq {EXIT_BAD_INPUT} ]; then break; fi',
+        f'  if [ "$code" -eq 0 ] || [ "$code" -eq {EXIT_BAD_INPUT} ] || [ "$stopping" -eq 1 ]; then break; fi',
         '  echo "exit code $code" >&2',
         "  sleep 10",
         "done",

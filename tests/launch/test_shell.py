@@ -1,0 +1,168 @@
+"""No value reaches a shell as anything but itself: scripts are run for real, with a harmless program in the place of the command."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from conan_jax.errors import ConfigError
+from conan_jax.launch import LaunchSpec, render, submit_command
+from conan_jax.launch.command import train_command
+
+NASTY = ["x; rm -rf ~", "; touch pwned", "$(touch pwned)", "`touch pwned`", "' ; touch pwned ; '", '" ; touch pwned ; "', "&& touch pwned #",
+         "| touch pwned", "> pwned", "$HOME", "${IFS}", "*", "~", "--help", "-", "a\nb", "a\rb", "a\x00b", "\x1b[31m", "$$", "$(HOME)",
+         "!x", "\\", "é ü", "#SBATCH --uid=0", "{a,b}", "<(touch pwned)"]
+TEXT = st.one_of(st.sampled_from(NASTY), st.text(max_size=12), st.lists(st.sampled_from(NASTY), min_size=2, max_size=3).map("".join))
+STUB = '#!/bin/sh\nfor a in "$0" "$@"; do printf \'%s\\0\' "$a"; done > "$ARGUMENTS"\n'
+FIELDS = ("name", "config", "stage", "python", "working_dir", "image", "namespace", "output_claim", "output_mount", "queue", "account",
+          "service_account", "project", "zone", "secret", "accelerator", "target")
+NEEDED = {"gke-jobset": dict(image="a/b:1", output_claim="claim"), "tpu-vm": dict(project="my-project", zone="us-east5-b"), "slurm": {},
+          "local": {}}
+ACCELERATOR = {"gke-jobset": "v5e-16", "slurm": "h100-16", "tpu-vm": "v5e-16", "local": "v5e-16"}
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed here, and these tests run scripts with it")
+
+
+def spec_of(target: str, /, **fields) -> LaunchSpec:
+    """A launch of `target`, with what it needs."""
+    return LaunchSpec(**{**dict(target=target, name="job", config="c.py", accelerator=ACCELERATOR[target]), **NEEDED[target], **fields})
+
+
+def run_script(script: str, folder, first: Path | None = None) -> list[str] | None:
+    """What the script's program was given, itself first; None when it was not started."""
+    folder.mkdir(exist_ok=True)
+    for path in (folder / "srun", *([first] if first else ())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB)
+        path.chmod(0o755)
+    file, arguments = folder / "script", folder / "arguments"
+    arguments.unlink(missing_ok=True)
+    file.write_text(script.replace("/var/lock/", f"{folder}/lock-"))
+    assert subprocess.run(["bash", "-n", str(file)], capture_output=True).returncode == 0
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "ARGUMENTS": str(arguments), "HOME": str(folder)}
+    done = subprocess.run(["bash", str(file)], cwd=folder, env=environment, capture_output=True, timeout=30)
+    assert not list(folder.rglob("pwned")), script
+    if not arguments.exists():
+        return None
+    assert done.returncode == 0, done.stderr
+    return arguments.read_bytes().decode().split("\0")[:-1]
+
+
+def kubernetes_reads(argument: str, variables: dict[str, str]) -> str:
+    """A command's argument as the kubelet reads it: $(NAME) of a known variable is its value, $$ is $."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else variables.get(m[1], m[0]), argument)
+
+
+@needs_bash
+@pytest.mark.parametrize("target", ["slurm", "tpu-vm", "local"])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(config=TEXT, override=TEXT, stage=st.none() | TEXT, python=TEXT, folder=TEXT)
+@example(config="x; rm -rf ~", override="name=x; rm -rf ~", stage=None, python="x; rm -rf ~", folder="x; rm -rf ~")
+@example(config="$(touch pwned)", override="a='; touch pwned; '", stage=None, python="p", folder="`touch pwned`")
+def test_scripts_hand_every_value_on_as_it_is(target, config, override, stage, python, folder, tmp_path):
+    root = tmp_path / "run"
+    shutil.rmtree(root, ignore_errors=True)
+    place = root / "at" / folder.replace("/", "_")
+    program = root / "bin" / python.replace("/", "_")
+    if python.strip(".") == "" or folder.strip(".") == "" or not python.isprintable() or not folder.isprintable():
+        program, place = root / "bin" / "python", root / "at"
+    try:
+        spec = spec_of(target, config=config, overrides=(override,), stage=stage, python=str(program), working_dir=str(place))
+    except ConfigError:
+        return  # refused, which is as good
+    place.mkdir(parents=True, exist_ok=True)
+    got = run_script(render(spec)[{"slurm": "job.sbatch", "tpu-vm": "startup.sh", "local": "local.sh"}[target]], root, first=program)
+    tail = [config, "--set", override, *(["--stage", stage] if stage else [])]
+    if target == "slurm":
+        assert got[1:4] == ["--kill-on-bad-exit=0", "--wait=300", str(program)] and got[4:] == ["-m", "conan_jax", "train", *tail]
+    elif target == "tpu-vm":
+        assert got == [str(program), "-m", "conan_jax", "train", *tail]
+    else:
+        assert got == [str(program), "-m", "conan_jax", "launch", "local", "--processes", "4", "--devices-per-process", "4", *tail]
+
+
+@settings(max_examples=100, deadline=None)
+@given(config=TEXT, override=TEXT, python=TEXT, working_dir=TEXT)
+def test_manifests_hand_every_value_on_as_it_is(config, override, python, working_dir):
+    try:
+        spec = spec_of("gke-jobset", config=config, overrides=(override,), python=python, working_dir=f"/{working_dir}")
+    except ConfigError:
+        return
+    manifest = yaml.safe_load(render(spec)["jobset.yaml"])
+    [container] = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    read = [kubernetes_reads(argument, {"HOME": "replaced", "touch pwned": "replaced"}) for argument in container["command"]]
+    assert read == train_command(spec)
+    assert override in read and config in read
+    assert container["workingDir"] == f"/{working_dir}"
+
+
+@pytest.mark.parametrize("target", NEEDED)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_nasty_value_in_any_field_is_refused_or_quoted(target, field, tmp_path):
+    for value in NASTY:
+        try:
+            spec = spec_of(target, **{field: value})
+        except ConfigError as error:
+            assert str(error).isprintable(), "an error must not carry control characters to a terminal"
+            continue
+        assert field in ("config", "python"), f"{field} took {value!r}"
+        name, manifest = next(item for item in render(spec).items() if item[0] != "launch.json")
+        assert not any(line.startswith("#SBATCH") and value in line for line in manifest.splitlines())
+        (tmp_path / name).write_text(manifest)
+        assert all(isinstance(argument, str) for argument in submit_command(spec, tmp_path))
+
+
+@pytest.mark.parametrize("value", [*NASTY, "=x", "A=B", "lower", "1A", "A B", "CONAN_PROCESS_ID", "JAX_PLATFORMS"])
+def test_names_of_variables_are_names(value):
+    with pytest.raises(ConfigError, match="environment"):
+        spec_of("slurm", environment=(value,))
+
+
+@needs_bash
+def test_a_variable_that_is_not_set_ends_the_job_as_wrong(tmp_path):
+    script = render(spec_of("slurm", environment=("CONAN_DATA",)))["job.sbatch"]
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env={"PATH": os.environ["PATH"]}, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (78, "job: CONAN_DATA is not set\n")
+
+
+@needs_bash
+@pytest.mark.parametrize("codes, starts, end", [([42, 0], 2, 0), ([78], 1, 78), ([1, 137, 0], 3, 0), ([9, 9, 9, 9], 3, 9), ([0], 1, 0)])
+def test_the_loop_of_a_tpu_vm_restarts_all_but_done_and_refused(tmp_path, codes, starts, end):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/bash\ncodes=({" ".join(map(str, codes))})\nn=$(cat "{tmp_path}/n" 2>/dev/null || echo 0)\n'
+                       f'echo $((n + 1)) > "{tmp_path}/n"\nexit "${{codes[$n]}}"\n')
+    program.chmod(0o755)
+    script = render(spec_of("tpu-vm", python=str(program), max_restarts=2))["startup.sh"]
+    script = script.replace("/var/lock/", f"{tmp_path}/lock-").replace("sleep 10", "true")
+    assert subprocess.run(["bash", "-c", script], capture_output=True, timeout=30).returncode == end
+    assert int((tmp_path / "n").read_text()) == starts
+
+
+@needs_bash
+def test_sigterm_reaches_the_program_of_a_tpu_vm_and_nothing_starts_after_it(tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/bash\ntrap 'sleep 0.3; echo saved >> \"{tmp_path}/log\"; exit 42' TERM\n"
+                       f"echo started >> \"{tmp_path}/log\"\nwhile true; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    script = render(spec_of("tpu-vm", python=str(program)))["startup.sh"].replace("/var/lock/", f"{tmp_path}/lock-")
+    (tmp_path / "script").write_text(script)
+    running = subprocess.Popen(["bash", str(tmp_path / "script")])
+    second = None
+    try:
+        for _ in range(200):
+            if (tmp_path / "log").exists():
+                break
+            running.poll()
+            subprocess.run(["sleep", "0.05"])
+        second = subprocess.run(["bash", str(tmp_path / "script")], timeout=10)  # another copy ends at once
+        running.terminate()
+        assert running.wait(timeout=20) == 42
+    finally:
+        running.kill()
+    assert second.returncode == 0
+    assert (tmp_path / "log").read_text() == "started\nsaved\n"
