@@ -50,15 +50,18 @@ def _check_recipe(spec: LaunchSpec, run: config.Run, stages: list[config.AnyStag
     """The mesh against the devices, the batches against both, the parameters against the memory."""
     mesh = estimates.mesh_sizes(run.mesh, spec)
     if mesh is None:
-        yield Finding("mesh", f"mesh {run.mesh} does not make up {_devices(spec)}; set one of its sizes to -1, or leave it to the hardware")
+        yield Finding("mesh", f"mesh {run.mesh} does not make up {_devices(spec)}; set one of its sizes to -1 "
+                              "(slices lie along data, which must be a multiple of them), or leave it to the hardware")
         return
     parts = mesh.data * mesh.fsdp
     for stage in stages:
         for key, rows in estimates.batches(stage).items():
-            unit, what = (spec.processes, "processes") if rows % spec.processes else (parts, "devices (mesh data x fsdp)")
-            if rows % unit:
-                yield Finding("batch", f"{key}: {rows} rows cannot be split over {unit} {what}; "
-                                       f"use a multiple of {parts}, say --set {key}={-(-rows // parts) * parts}, or fewer chips")
+            fit = f"use a multiple of {parts}, say --set {key}={-(-rows // parts) * parts}, or fewer chips"
+            if rows % spec.processes:
+                yield Finding("batch", f"{key}: {rows} rows cannot be split over {spec.processes} processes; {fit}")
+            elif rows % parts:
+                yield Finding("batch", f"{key}: {rows} rows do not fill {parts} devices (mesh data x fsdp) evenly, some would wait for others; "
+                                       f"{fit}", serious=False)
     chip = spec.hardware.chip
     least = estimates.step_bytes(run, mesh)
     if chip.hbm_bytes is not None and least > chip.hbm_bytes:

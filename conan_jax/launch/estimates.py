@@ -11,6 +11,7 @@ from conan_jax.launch.spec import LaunchSpec
 STATE_BYTES = 12  # a parameter and its two moments, float32: what a checkpoint holds
 STEP_BYTES = 16  # and its gradient
 SAVE_BYTES_PER_SECOND = 200e6  # of one host, into network storage: assumed, and low
+LARGEST_SPAN = 256  # chips of a slice that parameters are split over
 SAVE_SECONDS = 30  # to end the step in hand, agree, and write what is small: assumed
 
 
@@ -38,17 +39,20 @@ class MeshSizes:
 
 
 def mesh_sizes(mesh: config.Mesh, spec: LaunchSpec) -> MeshSizes | None:
-    """The recipe's mesh on this hardware, None when its sizes do not make up the devices.
+    """The mesh that `sharding.make_mesh` will make on this hardware, None when it cannot use all devices.
 
-    A mesh that says nothing is taken as parameters over all chips of a slice and copies over slices: no other splits them further.
+    A recipe that says nothing gets its parameters split over the chips of a slice (256 at most), the GPUs of a node or all CPU devices.
     """
+    chips, hardware = spec.chips, spec.hardware
     if not mesh.given:
-        return MeshSizes(spec.slices, spec.hardware.chips, 1)
-    sizes = list(mesh.sizes)
-    fixed = math.prod(size for size in sizes if size > 0)
+        node = hardware.chip.chips_per_host
+        spans = {"tpu": math.gcd(hardware.chips, LARGEST_SPAN), "gpu": node if chips % node == 0 else chips, "cpu": chips}
+        span = spans[hardware.chip.platform]
+        return MeshSizes(chips // span, span, 1)
+    sizes = [spec.slices if mesh.data is None and spec.slices > 1 else mesh.sizes[0], *mesh.sizes[1:]]
     if -1 in sizes:
-        sizes[sizes.index(-1)] = spec.chips // fixed
-    return MeshSizes(*sizes) if math.prod(sizes) == spec.chips else None
+        sizes[sizes.index(-1)] = chips // math.prod(size for size in sizes if size > 0)
+    return MeshSizes(*sizes) if math.prod(sizes) == chips and sizes[0] % spec.slices == 0 else None
 
 
 def step_bytes(run: config.Run, mesh: MeshSizes) -> float:
@@ -57,7 +61,7 @@ def step_bytes(run: config.Run, mesh: MeshSizes) -> float:
 
 
 def save_bytes(run: config.Run, spec: LaunchSpec, mesh: MeshSizes) -> float:
-    """Bytes that a host writes for a checkpoint: copies are written once, by the hosts that hold the first of them."""
+    """Bytes that a host writes for a checkpoint: of several copies one is written, by the hosts that hold it."""
     writers = max(1, spec.hosts // mesh.data)
     return STATE_BYTES * parameters(run.model) / writers
 

@@ -1,7 +1,9 @@
 """Every rule of `conan launch check`: a launch that breaks it is refused by the rule's name, one that does not is let through."""
 
 import copy
+import itertools
 import json
+import math
 import shutil
 import sys
 from importlib.util import find_spec
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conan_jax import config_io
+from conan_jax import config_io, sharding
 from conan_jax.config import Mesh, Model, Optimizer
 from conan_jax.errors import ConfigError
 from conan_jax.launch import checks, estimates, render, write
@@ -182,7 +184,8 @@ def test_a_script_that_shellcheck_warns_of_is_refused(tmp_path):
     ("mesh", "256 devices of v5e-256", dict(overrides=("mesh.fsdp=7",))),
     ("mesh", "mesh", dict(overrides=("mesh.fsdp=-1", "mesh.tensor=3"))),
     ("batch", "weak.global_batch_size: 100 rows", dict(stage="weak", overrides=("weak.global_batch_size=100",))),
-    ("batch", "weak.global_batch_size=256", dict(stage="weak", overrides=("weak.global_batch_size=192",))),
+    ("batch", "weak.global_batch_size=256", dict(stage="weak", overrides=("weak.global_batch_size=250",))),
+    ("mesh", "multiple of them", dict(slices=2, overrides=("mesh.data=1", "mesh.fsdp=512"))),
     ("batch", "supervised.tasks.sts.global_batch_size", dict(stage="supervised", overrides=("supervised.tasks.sts.global_batch_size=65",))),
     ("memory", "GiB a device", dict(overrides=("mesh.data=256", "mesh.fsdp=1"))),
     ("grace", "use --grace", dict(grace_seconds=30)),
@@ -195,7 +198,7 @@ def test_a_recipe_that_does_not_fit_is_refused_by_the_rule_it_breaks(tmp_path, r
 
 
 def test_the_fix_that_a_batch_is_told_is_one(tmp_path):
-    write(example("gke-jobset", "v5e-256", stage="weak", overrides=("weak.global_batch_size=192",)), tmp_path)
+    write(example("gke-jobset", "v5e-256", stage="weak", overrides=("weak.global_batch_size=250",)), tmp_path)
     fix = rules(tmp_path)["batch"].split("--set ")[1].split(",")[0]
     write(example("gke-jobset", "v5e-256", stage="weak", overrides=(fix,)), tmp_path)
     assert rules(tmp_path) == {}
@@ -256,13 +259,30 @@ def test_bytes_are_those_of_the_published_model():
     assert estimates.save_seconds(run, spec, mesh) == pytest.approx(30 + 1_502_932_480 * 12 / 64 / 200e6)
 
 
-@pytest.mark.parametrize("mesh, sizes", [
-    (Mesh(), (1, 256, 1)), (Mesh(data=4), (4, 64, 1)), (Mesh(fsdp=32, data=-1), (8, 32, 1)), (Mesh(tensor=8), (1, 32, 8)),
-    (Mesh(data=2, fsdp=2, tensor=2), None), (Mesh(tensor=5), None),
-])
-def test_meshes_make_up_the_devices(mesh, sizes):
-    found = estimates.mesh_sizes(mesh, example("gke-jobset", "v5e-256"))
-    assert (None if found is None else (found.data, found.fsdp, found.tensor)) == sizes
+def test_a_batch_that_leaves_devices_idle_is_let_through_and_said_to(tmp_path):
+    write(example("gke-jobset", "v5e-256", stage="weak", overrides=("weak.global_batch_size=64",)), tmp_path)
+    assert rules(tmp_path) == {}
+    assert any(f.rule == "batch" and "64 rows do not fill 256 devices" in f.message for f in checks.check(tmp_path))
+
+
+@pytest.mark.parametrize("accelerator, slices", [("v5e-256", 1), ("v5e-256", 2), ("v5p-1024", 3), ("v6e-8", 1), ("h100-64", 1), ("h100-4", 1)])
+def test_meshes_are_those_that_training_makes(accelerator, slices):
+    """The oracle is the mesh of `sharding` itself; one that leaves devices unused is none for several processes."""
+    spec = example("gke-jobset", accelerator, slices=slices)
+    name = spec.hardware.name if slices == 1 else f"{slices} x {spec.hardware.name}"
+    sizes = (None, -1, 1, 2, 3, 8)
+    for data, fsdp, tensor in itertools.product(sizes, sizes, sizes):
+        if (data, fsdp, tensor).count(-1) > 1:
+            continue
+        mesh = Mesh(data=data, fsdp=fsdp, tensor=tensor)
+        try:
+            wanted = sharding.mesh_shape(mesh, name, spec.chips, slices)
+        except ConfigError:
+            wanted = None
+        if wanted is not None and math.prod(wanted) != spec.chips:
+            wanted = None
+        found = estimates.mesh_sizes(mesh, spec)
+        assert (None if found is None else (found.data, found.fsdp, found.tensor)) == wanted, (mesh, name)
 
 
 def test_the_state_is_a_parameter_and_two_moments():
