@@ -25,6 +25,8 @@ def make_train_step(stage: Stage, optimizer: optax.GradientTransformation, sched
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, (carry, metrics)), grads = jax.value_and_grad(stage.loss, has_aux=True)(state.params, state.carry, batch, state.step, rng)
+        # Left to the compiler, a gradient may come back whole: the same numbers, and more memory and exchange than its parameter takes.
+        grads = jax.lax.with_sharding_constraint(grads, shardings_of(abstract.params))
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

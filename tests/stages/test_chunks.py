@@ -138,6 +138,15 @@ def test_dropout_is_replayed_whatever_the_chunks_and_the_mesh(sizes, chunk):
     assert abs(dropped[0] - at_once("weak")[0]) > 1e-3
 
 
+def test_equal_texts_are_dropped_differently():
+    embedder, params = examples.embedder_and_params()
+    embedder = Embedder(dataclasses.replace(embedder.config, hidden_dropout=0.3))
+    text = {name: np.repeat(x, 2, axis=0) for name, x in examples.texts(np.random.default_rng(0), 1).items()}
+    vectors = encode_all(embedder, params, {"a": text, "b": text}, Bidirectional(), rng=jax.random.key(0))
+    four = np.concatenate([vectors["a"], vectors["b"]])
+    assert all(np.abs(four[i] - four[j]).max() > 1e-3 for i in range(4) for j in range(i))
+
+
 def test_a_chunk_is_all_that_is_held():
     """Temporary memory of the gradient of 256 texts, against that of 16 at a time: what remains are vectors."""
     embedder, params = examples.embedder_and_params()
