@@ -77,15 +77,15 @@ def _explained(doing: str, advice: Callable[[], str] = str) -> Iterator[None]:
         raise CheckpointError(f"{doing} failed: {type(error).__name__}: {' / '.join(lines[:6])[:600]}{advice()}") from error
 
 
-def _meet(number: int) -> None:
-    """Wait for the other processes, in any thread and for as long as work on many gigabytes may take, which a collective would not."""
-    ocp.multihost.get_barrier_sync_fn()(key=f"conan checkpoint {number}", timeout_ms=3_600_000)
+def _first_complaint(text: str) -> str:
+    """The `text` of the first process that has any, in all of them. Waits as long as work on many gigabytes may take."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"conan checkpoint {next(_MEETINGS)}", timeout_ms=3_600_000)  # a collective gives up sooner
+    return together.first_complaint(text)
 
 
-def _agree(failure: CheckpointError | None) -> None:
+def _agree(failure: Exception | None) -> None:
     """Raise in every process what went wrong in any."""
-    _meet(next(_MEETINGS))
-    if message := together.first_complaint(str(failure or "")):
+    if message := _first_complaint(str(failure or "")):
         raise failure or CheckpointError(message)
 
 
@@ -136,21 +136,18 @@ class Checkpoints:
         with _explained(saving, room):
             self._manager.save(step, args=items, force=True)
         self._committed = False
-        finish = partial(self._finish, step, partial(_explained, saving, room), next(_MEETINGS))
-        self._finisher = threading.Thread(target=finish, name=f"finish-{step}")
+        self._finisher = threading.Thread(target=self._finish, args=(step, partial(_explained, saving, room)), name=f"finish-{step}")
         self._finisher.start()
 
-    def _finish(self, step: int, explained: Callable[[], contextlib.AbstractContextManager[None]], meeting: int) -> None:
+    def _finish(self, step: int, explained: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         """In the background: when every process has committed, process 0 writes the manifest, and only then old steps go."""
         try:
             with explained():
                 self._manager.wait_until_finished()
                 self._committed = True
-                with contextlib.ExitStack() as stack:
-                    stack.callback(_meet, meeting)
-                    if jax.process_index() == 0:
-                        manifest.write(step_folder(self.folder, step), step)
-                        step_folders.keep_newest(self.folder, self._keep)
+                if jax.process_index() == 0:
+                    manifest.write(step_folder(self.folder, step), step)
+                    step_folders.keep_newest(self.folder, self._keep)
         except Exception as failure:  # the next call raises it
             self._failure = failure
 
@@ -190,9 +187,7 @@ def latest_step(folder: Path) -> int | None:
 
 def _damage(folder: Path, step: int) -> str:
     """What is wrong with a step, found by all processes together, each looking at its share of the files; "" when all is well."""
-    found = manifest.damage(step_folder(folder, step), step, part=jax.process_index(), parts=jax.process_count())
-    _meet(next(_MEETINGS))
-    return together.first_complaint(found)
+    return _first_complaint(manifest.damage(step_folder(folder, step), step, part=jax.process_index(), parts=jax.process_count()))
 
 
 def read_metadata(folder: Path, step: int | None = None) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_training_goes_on_bit_for_bit_on_the_same_mesh_and_closely_on_another(tm
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoint.restore_params(folder))]
 
     train(tmp_path / "whole", 12, devices=4)
-    for devices in (4, 1, 8):
+    for devices in (4, 1):
         folder = tmp_path / str(devices)
         train(folder, 6, devices=4)
         assert 6 <= checkpoint.latest_step(folder) < 12

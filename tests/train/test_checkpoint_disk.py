@@ -48,6 +48,7 @@ def test_a_full_disk_before_and_in_the_middle_of_a_save(tmp_path):
     check(said, tmp_path)
     assert "No space left" in said["midway"]
     assert "saving step 5" in said["too big"] and "No space left" in said["too big"] and "older steps (4) are intact" in said["too big"]
+    assert ".orbax-checkpoint-tmp" not in said["too big"], "it was begun all the same"
     needed, free = (int(said["too big"].split(before)[1].split(after)[0].replace(",", ""))
                     for before, after in (("needs ", " bytes"), ("bytes and ", " are free")))
     assert 2**26 < needed < 2**26 * 1.05 and free < 2**23
