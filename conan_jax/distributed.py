@@ -257,7 +257,8 @@ class Peers:
 
     def _say_failed(self, error: BaseException) -> None:
         code = error.exit_code if isinstance(error, ConanError) else 1 if isinstance(error, Exception) else EXIT_RESUMABLE
-        message = str(error) if isinstance(error, ConanError) else f"{type(error).__name__} {error}".strip()
+        message = (str(error) if isinstance(error, ConanError) else "asked to stop" if code == EXIT_RESUMABLE
+                   else f"{type(error).__name__} {error}".strip())
         if not (self._folder / "failed").exists():
             write_json(self._folder / "failed", {"process": self.index, "host": socket.gethostname(), "exit_code": code, "message": message})
 

@@ -93,11 +93,11 @@ class Local:
     def _watch(self) -> None:
         """Until all have ended, or the time of grace after the first failure is over."""
         deadline = None
-        while any(child.poll() is None for child in self._children):
-            failed = [rank for rank, child in enumerate(self._children) if child.returncode]
+        while None in (codes := [child.poll() for child in self._children]):
+            failed = [rank for rank, code in enumerate(codes) if code]
             if failed and deadline is None:
                 deadline = time.monotonic() + self._grace
-                self._say(f"process {failed[0]} ended with {self._children[failed[0]].returncode}; the others have {self._grace:g} s")
+                self._say(f"process {failed[0]} ended with {codes[failed[0]]}; the others have {self._grace:g} s")
             if self._asked > 1 or (deadline is not None and time.monotonic() > deadline):
                 self._say("ending those that are left")
                 return

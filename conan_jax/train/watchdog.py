@@ -24,6 +24,7 @@ class Watchdog:
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._poll = seconds, min(seconds / 4, 5.0)
+        self._process = jax.process_index()  # asked now: jax itself may be what hangs later
         self._where, self._last = "the start", time.monotonic()
         self._ended = threading.Event()
 
@@ -46,7 +47,7 @@ class Watchdog:
             self._ended.wait(self._poll)
             silent = time.monotonic() - self._last
             if silent > self._seconds and not self._ended.is_set():
-                print(f"conan: process {jax.process_index()} hangs: nothing for {silent:.0f} s since {self._where} (watchdog_seconds "
+                print(f"conan: process {self._process} hangs: nothing for {silent:.0f} s since {self._where} (watchdog_seconds "
                       f"{self._seconds:g}). The same command goes on from the last checkpoint. Where its threads stand:",
                       file=sys.__stderr__, flush=True)
                 faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)

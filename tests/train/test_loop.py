@@ -107,6 +107,13 @@ def test_signals_save_and_stop_and_are_given_back(tmp_path, number):
     assert checkpoint.latest_step(tmp_path / "toy") == 3
 
 
+def test_a_signal_during_the_last_step_is_not_lost(tmp_path, uninterrupted):
+    polls = iter(range(100))
+    with pytest.raises(Preempted, match="step 12 of 12"):
+        train(tmp_path / "toy", stop=lambda: next(polls) == 12)
+    assert final_arrays(tmp_path / "toy") == final_arrays(uninterrupted[0])
+
+
 def test_a_complete_stage_is_not_trained_again(uninterrupted):
     folder, first, _ = uninterrupted
     stage = ToyStage()
