@@ -6,6 +6,7 @@ belong to Kubernetes: here stands what our rules read of them, the whole is held
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Annotated, Any, Literal
 
@@ -217,7 +218,7 @@ def parse(text: str) -> tuple[dict[str, Any] | None, list[str]]:
 def check_job(template: dict[str, Any]) -> list[str] | None:
     """What Kubernetes' own schema finds wrong with a Job, None when the package that carries it is not installed."""
     try:
-        import kubernetes_validate
+        kubernetes_validate = importlib.import_module("kubernetes_validate")  # of the extra `launch`: 100 MB of schemas
     except ImportError:
         return None
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **template}
