@@ -81,8 +81,8 @@ def test_slices_must_divide_data():
 
 
 @pytest.mark.parametrize(("name", "slices"), [
-    ("cpu-1", 1), ("cpu-8", 1), ("cpu-256", 1), ("v4-256", 1), ("v5e-4", 1), ("v5e-256", 1), ("v5e-256", 4), ("v5p-256", 1), ("v5p-2048", 2),
-    ("v6e-16", 1), ("v6e-256", 2), ("h100-8", 1), ("h100-64", 1), ("h200-256", 1), ("a100-16", 1)])
+    ("cpu-1", 1), ("cpu-8", 1), ("cpu-256", 1), ("v4-256", 1), ("v5e-4", 1), ("v5e-256", 1), ("v5e-256", 4), ("v5p-256", 1),
+    ("v5p-2048", 2), ("v6e-16", 1), ("v6e-256", 2), ("h100-8", 1), ("h100-64", 1), ("h200-256", 1), ("a100-16", 1)])
 def test_no_array_of_the_full_recipe_collides_on_any_mesh_of_the_table(name, slices):
     """Parameters and batches, split as far as the table's mesh can; a collision raises."""
     embedder, mesh = Embedder(config.Model()), sharding.abstract_mesh(config.Mesh(), accelerator(name), slices)

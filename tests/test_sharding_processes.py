@@ -20,7 +20,8 @@ from jax.experimental.multihost_utils import process_allgather
 
 from conan_jax import config, sharding
 
-for sizes, mine, split in [((1, -1, 1), 3, False), ((1, -1, 1), 4, True), ((2, -1, 1), 1, False), ((1, 2, -1), 3, True), ((1, 1, -1), 2, True)]:
+cases = [((1, -1, 1), 3, False), ((1, -1, 1), 4, True), ((2, -1, 1), 1, False), ((1, 2, -1), 3, True), ((1, 1, -1), 2, True)]
+for sizes, mine, split in cases:
     mesh = sharding.make_mesh(config.Mesh(*sizes))
     rows = np.arange(4 * mine, dtype=np.int32).reshape(2 * mine, 2) + 7
     own = slice(rank * mine, (rank + 1) * mine)

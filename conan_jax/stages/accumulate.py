@@ -17,9 +17,9 @@ MicroSum = Callable[[Any, Any], Float[Array, ""]]
 def sum_over(function: MicroSum, params: Any, micro_batches: Any, axes: Any) -> Float[Array, ""]:
     """sum_m function(params, m), m the entries along the leading axis of the arrays of `micro_batches`; float32.
 
-    When a gradient is asked for, the forward pass computes it with each micro-batch and adds it up in the parameters' float32, laid out as the
-    parameters are; the backward pass scales that sum. Nothing is computed twice, and the activations of one micro-batch exist at
-    a time. Differentiable in `params` alone.
+    When a gradient is asked for, the forward pass computes it with each micro-batch and adds it up in float32, laid out as the
+    float32 parameters are; the backward pass scales that sum. Nothing is computed twice, and the activations of one micro-batch
+    exist at a time. Differentiable in `params` alone.
 
     Args:
         function: a float32 scalar of parameters and one micro-batch. It may not close over anything that is differentiated.

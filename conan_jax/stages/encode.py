@@ -38,7 +38,8 @@ def encode_all(
 
     Args:
         chunk_size: texts a device whose activations exist at one time; None: all of a call. Vectors and gradients are the same.
-        rng: the key of dropout, None for none (see `dropout`). A text's mask depends on its place in `texts` alone: not on chunks or devices.
+        rng: the key of dropout, None for none (see `dropout`). What is dropped of a text depends on its place in `texts` alone, not
+            on chunks or devices.
     """
     flat, first = {}, 0
     for key, text in texts.items():

@@ -58,7 +58,8 @@ def gradients(stage_config, sizes=None, dropout=0.0, rows=examples.B):
     batch = jax.tree.map(lambda x: x[:rows], examples.batch_of(stage_config.name))
 
     def update(params, carry, batch):
-        (loss, (carry, metrics)), gradient = jax.value_and_grad(stage.loss, has_aux=True)(params, carry, batch, jnp.int32(4), jax.random.key(3))
+        both = jax.value_and_grad(stage.loss, has_aux=True)
+        (loss, (carry, metrics)), gradient = both(params, carry, batch, jnp.int32(4), jax.random.key(3))
         return loss, metrics, gradient, carry
 
     if sizes is not None:
@@ -74,7 +75,8 @@ def at_once(kind, dropout=0.0, sizes=None):
 STAGES = {  # false-negative masks by score and by hash, hard negatives, MRL, two widths of rows
     "weak": dataclasses.replace(examples.STAGES["weak"], matryoshka=config.Matryoshka(dims=(8, 16)), contrastive=config.Contrastive(
         temperature=0.2, false_negative_margin=0.05, query_query=True, passage_passage=True, symmetric=True)),
-    "supervised": dataclasses.replace(examples.STAGES["supervised"], contrastive=config.Contrastive(temperature=0.2, false_negative_margin=0.05)),
+    "supervised": dataclasses.replace(examples.STAGES["supervised"],
+                                      contrastive=config.Contrastive(temperature=0.2, false_negative_margin=0.05)),
     "one_task": examples.STAGES["one_task"],
 }
 
