@@ -83,8 +83,12 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
 
 def room(folder: Path, step: int, needed: int) -> str:
     """What to know when a step could not be saved: the bytes needed and free, where, and which older steps are intact."""
-    older = ", ".join(str(other) for other in complete_steps(folder) if other != step)
-    return (f". Step {step} needs {needed:,} bytes and {shutil.disk_usage(folder).free:,} are free in {folder / 'checkpoints'}; "
+    try:
+        free, steps = shutil.disk_usage(folder).free, complete_steps(folder)
+    except OSError as error:
+        return f". Step {step} needs {needed:,} bytes, and {folder} cannot be read ({error.strerror})"
+    older = ", ".join(str(other) for other in steps if other != step)
+    return (f". Step {step} needs {needed:,} bytes and {free:,} are free in {folder / 'checkpoints'}; "
             + (f"the older steps ({older}) are intact. " if older else "there is no older step yet. ")
             + "Make room, or use another output_dir, and start the same command again")
 
