@@ -35,7 +35,7 @@ test: $(STAMP)  ## the test suite
 test-demo: $(STAMP)  ## the demo from nothing, twice: its figures must reach their bars and repeat
 	$(BIN)/python tests/demo_acceptance.py
 
-test-tpu: $(TPU_STAMP)  ## kernels and full-size steps compiled for TPU pods, without a TPU (1.3 GB of libtpu)
+test-tpu: $(TPU_STAMP)  ## kernels, preflights and full-size steps compiled for TPU pods, without a TPU (1.3 GB of libtpu)
 	$(TPU_VENV)/bin/python -m pytest -rs tests/tpu
 	$(TPU_VENV)/bin/python benchmarks/tpu_compile.py --check
 

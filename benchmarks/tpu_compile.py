@@ -3,90 +3,85 @@
     python benchmarks/tpu_compile.py [--json] [--list] [--only NAME ...] [--check]
 
 Attention is 32/8 heads x 112 in bfloat16 under a soft mask whose alpha is traced, one row on one chip. The steps are those
-of configs/conan_v2.py, optimizer included, on 256 chips of v5e: `pretrain` with 256 rows of 4096 tokens, `weak` with 256
-pairs of 32,768 tokens a side. The peak is what one device holds at most, arguments included, as its compiler planned it; a
-program that does not fit is refused. Needs libtpu (`make test-tpu` sets it up).
+of configs/conan_v2.py by `preflight.check`, optimizer included, on 256 chips of v5e: `pretrain` with 256 rows of 4096 tokens,
+`weak` with 256 pairs of 32,768 tokens a side, each at once (no micro-batches, no chunks). The peak is what one device holds at
+most, arguments included, as its compiler planned it. Needs libtpu (`make test-tpu` sets it up).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-# Before jax is imported: compile only, and do not ask the network which TPU this machine is.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}.items():
-    os.environ.setdefault(name, value)  # silences a complaint that neither is known
+from conan_jax import hardware
+from conan_jax.preflight import environment
+
+POD = hardware.accelerator("v5e:16x16")
+environment.prepare(POD)  # before jax is imported
 
 import timing
 
 import jax
 import jax.numpy as jnp
 
-from conan_jax import config, sharding
+from conan_jax import config, preflight, sharding
 from conan_jax.config_io import load_run
-from conan_jax.data.shapes import batch_shapes
 from conan_jax.errors import ConanError, ConfigError
-from conan_jax.model import Embedder, Layout, SoftMask
+from conan_jax.model import Layout, SoftMask
 from conan_jax.model.attention import attention
-from conan_jax.stages import make_stage
-from conan_jax.train.abstract import lower_step, topology_devices
+from conan_jax.model.softmask import Mask
+from conan_jax.train.abstract import topology_devices
 
 CONFIG = Path(__file__).parent.parent / "configs" / "conan_v2.py"
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 LENGTHS = (512, 4096, 32_768)
-POD = "v5e:16x16"
 ROWS = 256
 PEAK_GIB = {"pretrain": 3.9, "weak": 9.0}  # at most
 LONG = config.Bucket(32_768, 32_768)
 
 
-def compile_attention(chip: str, length: int, gradient: bool) -> jax.stages.Compiled:
-    """The kernels for one chip of `CHIPS` and one row; with `gradient`, value and gradient."""
-    devices = sharding.make_mesh(config.Mesh(fsdp=1), topology_devices(CHIPS[chip]))
+def one_chip(chip: str) -> jax.sharding.Mesh:
+    """A mesh of one chip of `CHIPS`."""
+    return sharding.make_mesh(config.Mesh(fsdp=1), topology_devices(CHIPS[chip]))
+
+
+def compile_attention(
+    mesh: jax.sharding.Mesh, length: int, gradient: bool = True, mask: Callable[[jax.Array], Mask] = SoftMask, heads: tuple[int, int] = (32, 8),
+    head_dim: int = 112, dtype: jnp.dtype = jnp.bfloat16,
+) -> jax.stages.Compiled:
+    """The kernels, one row a device; with `gradient`, value and gradient. `heads`: of queries, of keys and values."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def total(qkv: tuple, lengths: jax.Array, alpha: jax.Array) -> jax.Array:
-        out = attention(*qkv, SoftMask(alpha), Layout.from_lengths(lengths, length), implementation="pallas_tpu")
-        return out if not gradient else jnp.sum(out.astype(jnp.float32))
+        out = attention(*qkv, mask(alpha), Layout.from_lengths(lengths, length), implementation="pallas_tpu")
+        return jnp.sum(out.astype(jnp.float32)) if gradient else out
 
     def operand(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        place = sharding.batch_sharding(devices) if shape else sharding.replicated(devices)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh) if shape else sharding.replicated(mesh))
 
-    qkv = tuple(operand(jnp.bfloat16, 1, length, heads, 112) for heads in (32, 8, 8))
-    with sharding.activate(devices):
+    qkv = tuple(operand(dtype, rows, length, n, head_dim) for n in (*heads, heads[1]))
+    with sharding.activate(mesh):
         step = jax.jit(jax.value_and_grad(total) if gradient else total)
-        return step.lower(qkv, operand(jnp.int32, 1), operand(jnp.float32)).compile()
-
-
-def compile_step(stage_name: str, implementation: str) -> jax.stages.Compiled:
-    """The update of a stage of the full model on `POD`."""
-    run = load_run(str(CONFIG), [f"model.attention={implementation}"])
-    stage_config = dataclasses.replace(run.stage(stage_name), global_batch_size=ROWS)
-    if isinstance(stage_config, config.WeakStage):
-        stage_config = dataclasses.replace(stage_config, buckets=(LONG,))
-    embedder = Embedder(run.model)
-    return lower_step(run, stage_config, stage=make_stage(stage_config, embedder), embedder=embedder, batch=batch_shapes(stage_config),
-                      num_examples={"": ROWS}, mesh=sharding.make_mesh(run.mesh, topology_devices(POD))).compile()
+        return step.lower(qkv, operand(jnp.int32, rows), operand(jnp.float32)).compile()
 
 
 def measure_attention(name: str, chip: str, length: int, gradient: bool) -> Iterator[timing.Figure]:
     """The peak of attention alone."""
-    yield timing.plain(f"{name}, peak", compile_attention(chip, length, gradient).memory_analysis().peak_memory_in_bytes / 2**20, "MiB")
+    peak = compile_attention(one_chip(chip), length, gradient).memory_analysis().peak_memory_in_bytes
+    yield timing.plain(f"{name}, peak", peak / 2**20, "MiB")
 
 
 def measure_step(name: str, stage: str, implementation: str) -> Iterator[timing.Figure]:
     """The peak against its bar, and how long the compiler took (this machine, as busy as it is)."""
-    start = time.perf_counter()
-    peak = compile_step(stage, implementation).memory_analysis().peak_memory_in_bytes
-    yield timing.at_most(PEAK_GIB[stage], f"{name}, peak a device", peak / 2**30, "GiB")
-    yield timing.plain(f"{name}, compilation", time.perf_counter() - start, "s")
+    run = load_run(str(CONFIG), [f"model.attention={implementation}"])
+    at_once = {"buckets": (LONG,), "encode_chunk_size": None} if stage == "weak" else {"gradient_accumulation_steps": 1}
+    report = preflight.check(run, dataclasses.replace(run.stage(stage), global_batch_size=ROWS, **at_once), POD)
+    yield timing.at_most(PEAK_GIB[stage], f"{name}, peak a device", report.peak_bytes_per_device / 2**30, "GiB")
+    yield timing.plain(f"{name}, compilation", report.compile_seconds, "s")
 
 
 def cases() -> dict[str, Callable[[], Iterator[timing.Figure]]]:
@@ -99,7 +94,7 @@ def cases() -> dict[str, Callable[[], Iterator[timing.Figure]]]:
                 found[name] = partial(measure_attention, name, chip, length, gradient)
     for implementation in ("pallas_tpu", "blockwise"):
         for stage in PEAK_GIB:
-            name = f"{stage} step {POD} {implementation}"
+            name = f"{stage} step v5e:16x16 {implementation}"
             found[name] = partial(measure_step, name, stage, implementation)
     return found
 

@@ -2,38 +2,25 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from conan_jax import config, sharding
 from conan_jax.data.shapes import batch_shapes
 from conan_jax.errors import ConfigError
-from conan_jax.model import Embedder, Layout, SoftMask
-from conan_jax.model.attention import attention
+from conan_jax.model import Embedder, SoftMask
 from conan_jax.stages import make_stage
 from conan_jax.train.abstract import lower_step, topology_devices
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu is not to look for a TPU
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                 reason="nothing compiles for a TPU without libtpu; `make test-tpu` installs it and runs this")
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-
-def compile_kernels(mesh, length, mask, heads=(32, 8), head_dim=112, dtype=jnp.bfloat16):
-    """Value and gradient of attention, one row a device, as the text of the compiled program."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def total(qkv, lengths, alpha):
-        out = attention(*qkv, mask(alpha), Layout.from_lengths(lengths, length), implementation="pallas_tpu")
-        return jnp.sum(out.astype(jnp.float32))
-
-    by_row, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    qkv = tuple(jax.ShapeDtypeStruct((rows, length, n, head_dim), dtype, sharding=by_row) for n in (*heads, heads[1]))
-    lengths, alpha = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row), jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    with sharding.activate(mesh):
-        return jax.jit(jax.value_and_grad(total)).lower(qkv, lengths, alpha).compile().as_text()
+from tpu_compile import CHIPS, compile_attention, one_chip  # what is lowered for its peak there is the same
 
 
 def kernels_in(text):
@@ -43,8 +30,7 @@ def kernels_in(text):
 @pytest.mark.parametrize("length", [512, 4096, 32_768])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_forward_and_backward_kernels_compile(chip, length):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1), topology_devices(CHIPS[chip]))
-    assert kernels_in(compile_kernels(mesh, length, SoftMask)) == 3
+    assert kernels_in(compile_attention(one_chip(chip), length).as_text()) == 3
 
 
 @pytest.mark.parametrize(("mask", "heads", "head_dim", "dtype"), [
@@ -52,12 +38,12 @@ def test_forward_and_backward_kernels_compile(chip, length):
     (lambda alpha: SoftMask(alpha, "log", "query"), (2, 2), 128, jnp.bfloat16),
 ], ids=["multiply, heads of 64, float32", "query index, heads of 128, bfloat16"])
 def test_other_masks_sizes_and_types_compile(mask, heads, head_dim, dtype):
-    mesh = sharding.make_mesh(config.Mesh(fsdp=1), topology_devices("v5e:2x2"))
-    assert kernels_in(compile_kernels(mesh, 700, mask, heads, head_dim, dtype)) == 3
+    compiled = compile_attention(one_chip("v5e"), 700, mask=mask, heads=heads, head_dim=head_dim, dtype=dtype)
+    assert kernels_in(compiled.as_text()) == 3
 
 
 def test_over_a_mesh_every_device_runs_the_kernels_on_its_own_part():
-    text = compile_kernels(sharding.make_mesh(config.Mesh(1, 2, 2), topology_devices("v5e:2x2")), 512, SoftMask)
+    text = compile_attention(sharding.make_mesh(config.Mesh(1, 2, 2), topology_devices("v5e:2x2")), 512).as_text()
     assert kernels_in(text) == 3
     assert "all-gather" not in text and "all-to-all" not in text
 
