@@ -78,8 +78,8 @@ def test_cpu_devices_are_spread_over_processes():
 @pytest.mark.parametrize("name, per_host, words", [
     ("v5e-8", 2, "8 or 4"), ("v5e-256", 8, "a host has 4"), ("cpu-8", 3, "8 or 4 or 2 or 1"), ("h100-12", None, "whole number of nodes"),
     ("v5e-3", None, "v5e-256 (v5e:16x16)"), ("v5p-9", None, "v5p-8"), ("v5e:2x8", None, "there are"), ("b200-8", None, "must be one of"),
-    ("v5e", None, "write a number"), ("v5e-0", None, "write a number"), ("v5e-2x2", None, "write a number"), ("v5e--4", None, "write a number"),
-    ("v5e-²", None, "write a number"),
+    ("v5e", None, "write a number"), ("v5e-0", None, "write a number"), ("v5e-2x2", None, "write a number"),
+    ("v5e--4", None, "write a number"), ("v5e-²", None, "write a number"),
 ])
 def test_what_cannot_be_rented_is_refused(name, per_host, words):
     with pytest.raises(ConfigError, match=None) as caught:

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import typer
-from rich.console import Console
 
 from conan_jax.cli.config import ConfigArgument, SetOption
 

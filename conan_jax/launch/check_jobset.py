@@ -28,7 +28,8 @@ def check_jobset(spec: LaunchSpec, text: str, run: config.Run | None) -> Iterato
     for replicated in manifest["spec"]["replicatedJobs"]:
         problems = schema.check_job(replicated["template"])
         unknown |= problems is None
-        yield from (Finding("kubernetes", f"{replicated['name']}: {problem} (Kubernetes {schema.KUBERNETES})") for problem in problems or ())
+        for problem in problems or ():
+            yield Finding("kubernetes", f"{replicated['name']}: {problem} (Kubernetes {schema.KUBERNETES})")
     if unknown:
         yield Finding("kubernetes", "the Jobs were not held to Kubernetes' own schema: kubernetes-validate is not installed "
                                     "(pip install 'conan_jax[launch]')", serious=False)
@@ -50,8 +51,8 @@ def _check_names(manifest: dict[str, Any]) -> Iterator[Finding]:
         last = replicated["template"]["spec"].get("completions", 1) - 1
         longest = f"{manifest['metadata']['name']}-{replicated['name']}-{replicated['replicas'] - 1}-{last}-abcde"
         if len(longest) > _LONGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", longest):
-            yield Finding("names", f"pods would be called {longest}: at most {_LONGEST_NAME} characters, from a letter, of a-z, 0-9 and '-'; "
-                                   "use a shorter --name")
+            yield Finding("names", f"pods would be called {longest}: at most {_LONGEST_NAME} characters of a-z, 0-9 and '-', a letter "
+                                   "first; use a shorter --name")
 
 
 def _check_devices(spec: LaunchSpec, jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[Finding]:
@@ -83,26 +84,26 @@ def _check_devices(spec: LaunchSpec, jobs: list[tuple[dict[str, Any], dict[str, 
 
 def _check_restarts(policy: dict[str, Any], jobs: list[tuple[dict[str, Any], dict[str, Any]]]) -> Iterator[Finding]:
     """78 ends the JobSet; everything else restarts all of it, and never a part."""
-    rules = policy.get("rules") or []
-    first = next((r["action"] for r in rules if "PodFailurePolicy" in (r.get("onJobFailureReasons") or ["PodFailurePolicy"])), "RestartJobSet")
-    other = next((r["action"] for r in rules if "BackoffLimitExceeded" in (r.get("onJobFailureReasons") or ["BackoffLimitExceeded"])),
-                 "RestartJobSet")
-    if first != "FailJobSet":
-        yield Finding("restarts", f"exit code {EXIT_BAD_INPUT} would restart the JobSet: the failure PodFailurePolicy must lead to FailJobSet")
+    rules = policy.get("rules", [])
+    refused, other = (
+        next((rule["action"] for rule in rules if reason in rule.get("onJobFailureReasons", [reason])), "RestartJobSet")
+        for reason in ("PodFailurePolicy", "BackoffLimitExceeded"))
+    if refused != "FailJobSet":
+        yield Finding("restarts", f"exit code {EXIT_BAD_INPUT} would restart the JobSet: PodFailurePolicy must lead to FailJobSet")
     if other == "FailJobSet":
-        yield Finding("restarts", "a preempted pod would fail the JobSet: the failure BackoffLimitExceeded must lead to RestartJobSet")
+        yield Finding("restarts", "a preempted pod would fail the JobSet: BackoffLimitExceeded must lead to RestartJobSet")
     if policy.get("maxRestarts", 0) < 1 and other != "RestartJobSetAndIgnoreMaxRestarts":
         yield Finding("restarts", "maxRestarts is 0: a preempted run would not come back", serious=False)
     for replicated, job in jobs:
         name = replicated["name"]
         if job.get("backoffLimit") != 0:
-            yield Finding("restarts", f"{name}: backoffLimit must be 0, or one pod would be started again among processes that go on without it")
+            yield Finding("restarts", f"{name}: backoffLimit must be 0, or one pod would be started again alone")
         if job["template"]["spec"].get("restartPolicy") != "Never":
             yield Finding("restarts", f"{name}: restartPolicy must be Never, or a container would be started again alone")
         exits = [rule.get("onExitCodes") for rule in job.get("podFailurePolicy", {}).get("rules", ()) if rule["action"] == "FailJob"]
         codes = [code for exit_codes in exits if exit_codes and exit_codes["operator"] == "In" for code in exit_codes["values"]]
         if codes != [EXIT_BAD_INPUT]:
-            yield Finding("restarts", f"{name}: podFailurePolicy must fail the Job on exit code {EXIT_BAD_INPUT} and on no other, not on {codes}")
+            yield Finding("restarts", f"{name}: podFailurePolicy must fail the Job on exit code {EXIT_BAD_INPUT} alone, not on {codes}")
 
 
 def _check_privileges(pod: dict[str, Any]) -> Iterator[Finding]:
@@ -130,8 +131,8 @@ def _check_signal(pod: dict[str, Any]) -> Iterator[Finding]:
         command = [*container.get("command", ()), *container.get("args", ())]
         program = PurePosixPath(command[0]).name if command else ""
         if not program or program in SHELLS or command[1:4] != ["-m", "conan_jax", "train"]:
-            yield Finding("signal", f"container {container['name']} starts {program or 'what its image starts'}: SIGTERM would not reach Python; "
-                                    "its command must be the list python, -m, conan_jax, train, ...")
+            yield Finding("signal", f"container {container['name']} starts {program or 'what its image starts'}: SIGTERM would not reach "
+                                    "Python; its command must be the list python, -m, conan_jax, train, ...")
 
 
 def _check_output(pod: dict[str, Any], run: config.Run) -> Iterator[Finding]:
@@ -141,5 +142,6 @@ def _check_output(pod: dict[str, Any], run: config.Run) -> Iterator[Finding]:
               if m["name"] in claims and not m.get("readOnly")]
     folder = PurePosixPath(run.output_dir)
     if not any(folder.is_relative_to(mount) for mount in mounts):
-        yield Finding("output", f"output_dir {run.output_dir} lies on no claim that pods may write to ({', '.join(map(str, mounts)) or 'none'}): "
-                                "nothing could be resumed; leave output_dir to the launch, or set it below the mount")
+        yield Finding("output", f"output_dir {run.output_dir} lies on no claim that pods may write to "
+                                f"({', '.join(map(str, mounts)) or 'none'}): nothing could be resumed; "
+                                "leave output_dir to the launch, or set it below the mount")

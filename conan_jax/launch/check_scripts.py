@@ -52,7 +52,8 @@ def command_of(text: str) -> list[str]:
 def _check_shell(file: Path) -> Iterator[Finding]:
     shellcheck = shutil.which("shellcheck", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
     if shellcheck is None:
-        yield Finding("shell", f"{file.name} was not held to shellcheck: it is not installed (pip install 'conan_jax[launch]')", serious=False)
+        yield Finding("shell", f"{file.name} was not held to shellcheck: it is not installed (pip install 'conan_jax[launch]')",
+                      serious=False)
         return
     found = subprocess.run([shellcheck, "--shell=bash", "--format=gcc", str(file)], capture_output=True, text=True, check=False)
     for line in found.stdout.splitlines():
@@ -68,7 +69,7 @@ def _check_directives(spec: LaunchSpec, text: str) -> Iterator[Finding]:
             yield Finding("devices", f"#SBATCH --{name} is {options.get(name) or 'missing'}, and {spec.slices} x {spec.hardware.name} "
                                      f"wants {wanted.get(name) or 'none'}")
     if not re.fullmatch(r"TERM@\d+", options.get("signal", "")):
-        yield Finding("signal", f"#SBATCH --signal is {options.get('signal') or 'missing'}: tasks need TERM@SECONDS to save before they are ended")
+        yield Finding("signal", f"#SBATCH --signal is {options.get('signal') or 'missing'}: it must be TERM@SECONDS, the time to save")
     if "requeue" not in options:
         yield Finding("restarts", "#SBATCH --requeue is missing: a preempted job would not come back")
 
@@ -98,4 +99,5 @@ def _check_signal(spec: LaunchSpec, text: str) -> Iterator[Finding]:
     verb = ["launch", "local"] if spec.target == "local" else ["train"]
     if command[1:3] != ["-m", "conan_jax"] or command[3:3 + len(verb)] != verb:
         program = PurePosixPath(command[0]).name if command else "nothing"
-        yield Finding("signal", f"the script starts {program}: SIGTERM would not reach Python; it must start python -m conan_jax {' '.join(verb)}")
+        yield Finding("signal", f"the script starts {program}: SIGTERM would not reach Python; "
+                                f"it must start python -m conan_jax {' '.join(verb)}")

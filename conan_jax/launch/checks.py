@@ -60,13 +60,13 @@ def _check_recipe(spec: LaunchSpec, run: config.Run, stages: list[config.AnyStag
             if rows % spec.processes:
                 yield Finding("batch", f"{key}: {rows} rows cannot be split over {spec.processes} processes; {fit}")
             elif rows % parts:
-                yield Finding("batch", f"{key}: {rows} rows do not fill {parts} devices (mesh data x fsdp) evenly, some would wait for others; "
-                                       f"{fit}", serious=False)
+                yield Finding("batch", f"{key}: {rows} rows do not fill {parts} devices (mesh data x fsdp) evenly, some would wait; {fit}",
+                              serious=False)
     chip = spec.hardware.chip
     least = estimates.step_bytes(run, mesh)
     if chip.hbm_bytes is not None and least > chip.hbm_bytes:
-        yield Finding("memory", f"parameters, moments and gradients alone take {least / GIB:.2f} GiB a device under {mesh}, and a {chip.name} "
-                                f"has {chip.hbm_bytes / GIB:.2f}; give mesh.fsdp or mesh.tensor more devices")
+        yield Finding("memory", f"parameters, moments and gradients alone take {least / GIB:.2f} GiB a device under {mesh}, and a "
+                                f"{chip.name} has {chip.hbm_bytes / GIB:.2f}; give mesh.fsdp or mesh.tensor more devices")
 
 
 def _check_grace(spec: LaunchSpec, run: config.Run, text: str) -> Iterator[Finding]:

@@ -46,7 +46,8 @@ _READ_BY = {
     "image": ("gke-jobset",), "namespace": ("gke-jobset",), "output_claim": ("gke-jobset",), "secret": ("gke-jobset",),
     "account": ("slurm",), "project": ("tpu-vm",), "zone": ("tpu-vm",),
     "output_mount": ("gke-jobset",), "queue": ("gke-jobset", "slurm"), "service_account": ("gke-jobset", "tpu-vm"),
-    "time_limit_minutes": ("gke-jobset", "slurm"), "grace_seconds": ("gke-jobset", "slurm"), "max_restarts": ("gke-jobset", "slurm", "tpu-vm"),
+    "time_limit_minutes": ("gke-jobset", "slurm"), "grace_seconds": ("gke-jobset", "slurm"),
+    "max_restarts": ("gke-jobset", "slurm", "tpu-vm"),
 }
 _NEEDED_BY = {
     "gke-jobset": ("image", "output_claim"), "tpu-vm": ("project", "zone"), "slurm": (), "local": (),
@@ -96,7 +97,7 @@ class LaunchSpec:
             self._check_field(field.name, getattr(self, field.name))
         self._check_sizes()
         for name in self.environment:
-            _check(re.fullmatch(_VARIABLE, name) is not None, "environment", name, "names of variables, such as CONAN_DATA, without a value")
+            _check(re.fullmatch(_VARIABLE, name) is not None, "environment", name, "a variable's name without its value (CONAN_DATA)")
             _check(name not in _OURS, "environment", name, "none of those that conan sets itself")
         for field in dataclasses.fields(self):
             given = getattr(self, field.name) != field.default
@@ -114,7 +115,8 @@ class LaunchSpec:
                 _check(bool(item) and item.isprintable(), name, item, "printable and not empty: no newline, no control character")
         if name in _SHAPES and value is not None:
             pattern, longest, words = _SHAPES[name]
-            _check(len(value) <= longest and re.fullmatch(pattern, value) is not None, name, value, f"{words}, at most {longest} characters")
+            fits = len(value) <= longest and re.fullmatch(pattern, value) is not None
+            _check(fits, name, value, f"{words}, at most {longest} characters")
         if name in ("config", "python"):
             _check(not value.startswith("-"), name, value, "a path: it would be read as an option")
         if name in ("working_dir", "output_mount") and value is not None:

@@ -16,8 +16,8 @@ CONFIG = str(ROOT / "configs" / "demo.py") + ":tiny"
 
 def conan(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """`conan launch ARGUMENTS`, run in `folder`."""
-    return subprocess.run([sys.executable, "-m", "conan_jax", "launch", *arguments], cwd=folder, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    return subprocess.run([sys.executable, "-m", "conan_jax", "launch", *arguments], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
 
 
 def test_a_launch_is_rendered_checked_and_submitted(tmp_path):

