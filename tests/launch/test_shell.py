@@ -17,7 +17,8 @@ from conan_jax.launch import LaunchSpec, render, submit_command
 from conan_jax.launch.command import train_command
 
 NASTY = ["x; rm -rf ~", "; touch pwned", "$(touch pwned)", "`touch pwned`", "' ; touch pwned ; '", '" ; touch pwned ; "',
-         "&& touch pwned #", "| touch pwned", "> pwned", "$HOME", "${IFS}", "*", "~", "--help", "-", "a\nb", "a\rb", "a\x00b", "\x1b[31m", "$$",
+         "&& touch pwned #", "| touch pwned", "> pwned",
+         "$HOME", "${IFS}", "*", "~", "--help", "-", "a\nb", "a\rb", "a\x00b", "\x1b[31m", "$$",
          "$(HOME)", "!x", "\\", "é ü", "#SBATCH --uid=0", "{a,b}", "<(touch pwned)"]
 # What a launch takes as it is: printable, not empty, not an option. Nothing of it is refused, so no example is lost.
 _PIECES = st.lists(st.sampled_from(NASTY), min_size=2, max_size=3).map("".join)
