@@ -60,7 +60,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(cpus: int = 2) -> Iterator[Cluster]:
-    """Start munged, slurmctld and slurmd; end exactly those. Jobs of the partition `urgent` preempt those of `all`, the default."""
+    """Start munged, slurmctld and slurmd; end their jobs and exactly those. Jobs of the partition `urgent` preempt those of `all`, the default."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a socket may have 107 characters
     daemons: list[subprocess.Popen] = []
     try:
@@ -76,7 +76,12 @@ def cluster(cpus: int = 2) -> Iterator[Cluster]:
             if command is munged:
                 _wait_for(lambda: (folder / "munge.sock").exists(), "munged", started)
         _wait_for(lambda: "idle" in started.run("sinfo", "--noheader", "--format=%T", ok=False), "an idle node", started)
-        yield started
+        try:
+            yield started
+        finally:  # a job outlives the daemon that started it
+            for more in (("--full", "--signal=KILL"), ()):
+                started.run("scancel", *more, f"--user={getpass.getuser()}", ok=False)
+            _wait_for(lambda: not started.run("squeue", "--noheader", ok=False).strip(), "end of the jobs", started)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -104,7 +109,7 @@ def _write_configuration(folder: Path, cpus: int) -> None:
         "SlurmdPidFile": folder / "slurmd.pid", "SlurmctldLogFile": folder / "slurmctld.log", "SlurmdLogFile": folder / "slurmd.log",
         "ProctrackType": "proctrack/pgid", "TaskPlugin": "task/none", "SwitchType": "switch/none", "MpiDefault": "none",
         "AccountingStorageType": "accounting_storage/none", "JobAcctGatherType": "jobacct_gather/none", "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_CPU", "SlurmdParameters": "config_overrides", "ReturnToService": 2, "KillWait": 30,
+        "SelectTypeParameters": "CR_CPU", "SlurmdParameters": "config_overrides", "ReturnToService": 2, "KillWait": 5,
         "SchedulerParameters": "sched_interval=2,bf_interval=2", "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",
         "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE",
     }

@@ -126,6 +126,18 @@ def test_restarts_come_to_an_end(slurm, tmp_path):
     assert (job["ExitCode"], job["Restarts"]) == ("9:0", "1")
 
 
+def test_no_job_outlives_its_cluster(tmp_path):
+    with cluster() as short:
+        stubborn = f"trap : TERM; echo $$ >> {tmp_path}/pids; while :; do sleep 0.1; done"
+        short.run("sbatch", "--ntasks=2", f"--wrap=srun sh -c '{stubborn}'", cwd=tmp_path)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not Path("/proc", pid).exists(), f"process {pid} is still there"
+
+
 def test_where_slurm_is_missing_it_is_said_which_programs_are(monkeypatch):
     monkeypatch.setattr("tests.slurm.cluster.PATH", os.devnull)
     assert "slurmctld" in missing()
