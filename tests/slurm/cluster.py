@@ -60,7 +60,10 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def cluster(cpus: int = 2) -> Iterator[Cluster]:
-    """Start munged, slurmctld and slurmd; end their jobs and exactly those. Jobs of the partition `urgent` preempt those of `all`, the default."""
+    """Start munged, slurmctld and slurmd; end their jobs and exactly those.
+
+    Jobs of the partition `urgent` preempt those of `all`, the default.
+    """
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a socket may have 107 characters
     daemons: list[subprocess.Popen] = []
     try:
