@@ -260,7 +260,8 @@ class Peers:
         message = (str(error) if isinstance(error, ConanError) else "asked to stop" if code == EXIT_RESUMABLE
                    else f"{type(error).__name__} {error}".strip())
         if not (self._folder / "failed").exists():
-            write_json(self._folder / "failed", {"process": self.index, "host": socket.gethostname(), "exit_code": code, "message": message})
+            said = {"process": self.index, "host": socket.gethostname(), "exit_code": code, "message": message}
+            write_json(self._folder / "failed", said)
 
     def _watch(self) -> None:
         """End this process when another one failed and the main thread does not notice within the time of grace."""

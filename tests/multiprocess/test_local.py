@@ -103,7 +103,8 @@ def test_a_launcher_killed_leaves_no_process(tmp_path):
 
 
 def test_a_wrong_recipe_is_said_once_before_anything_starts(tmp_path):
-    result = subprocess.run([sys.executable, "-m", "conan_jax", "launch", "local", str(tmp_path / "none.py")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "conan_jax", "launch", "local", str(tmp_path / "none.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 78 and result.stderr.count("none.py") == 1 and "[0]" not in result.stdout
 
 
@@ -127,4 +128,5 @@ def test_the_arguments_reach_each_process(tmp_path, monkeypatch):
                  "--stage", "weak", "--fallback", "--grace-seconds", "5"]
     assert CliRunner().invoke(main.app, arguments).exit_code == 42
     command, *rest = seen[0]
-    assert rest == [4, 2, 5.0] and command[1:] == ["-m", "conan_jax", "train", "configs/demo.py:tiny", "--set", "seed=3", "--stage", "weak", "--fallback"]
+    passed_on = ["--set", "seed=3", "--stage", "weak", "--fallback"]
+    assert rest == [4, 2, 5.0] and command[1:] == ["-m", "conan_jax", "train", "configs/demo.py:tiny", *passed_on]
