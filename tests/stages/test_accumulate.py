@@ -32,7 +32,7 @@ def update(steps, sizes=None, dropout=0.0):
 
 
 @pytest.mark.parametrize(("steps", "sizes", "dropout"), [
-    (2, None, 0.0), (8, None, 0.3), (4, (1, 2, 4), 0.3), (2, (2, 2, 2), 0.0), (4, (2, 4, 1), 0.0)])
+    (2, None, 0.0), (4, (1, 2, 4), 0.3), (4, (2, 4, 1), 0.0)])
 def test_micro_batches_give_the_gradient_of_the_whole(steps, sizes, dropout):
     """Segments and loss masks are random, so micro-batches hold different numbers of targets: a mean of means would be wrong."""
     agree(update(steps, sizes, dropout), update(1, None, dropout))

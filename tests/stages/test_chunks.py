@@ -30,7 +30,7 @@ def on_mesh(sizes, function, *arguments):
         return jax.device_get(compiled(*arguments))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 40), size=st.integers(1, 50), width=st.integers(1, 3), mesh=st.sampled_from(sorted(MESHES)))
 def test_rows_come_back_in_order_from_chunks_of_equal_devices(rows, size, width, mesh):
     x = np.arange(1, rows * width + 1, dtype=np.int32).reshape(rows, width)
@@ -77,7 +77,6 @@ STAGES = {  # false-negative masks by score and by hash, hard negatives, MRL, tw
         temperature=0.2, false_negative_margin=0.05, query_query=True, passage_passage=True, symmetric=True)),
     "supervised": dataclasses.replace(examples.STAGES["supervised"],
                                       contrastive=config.Contrastive(temperature=0.2, false_negative_margin=0.05)),
-    "one_task": examples.STAGES["one_task"],
 }
 
 
@@ -85,25 +84,25 @@ def agree(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
-@given(size=st.integers(1, 60))
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(size=st.integers(1, 15))
 def test_gradients_of_weak_equal_those_of_all_texts_at_once(size):
     agree(gradients(dataclasses.replace(STAGES["weak"], encode_chunk_size=size)), at_once("weak"))
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(size=st.integers(1, 60))
 def test_gradients_of_supervised_equal_those_of_all_texts_at_once(size):
     agree(gradients(dataclasses.replace(STAGES["supervised"], encode_chunk_size=size)), at_once("supervised"))
 
 
 @pytest.mark.parametrize(("kind", "sizes", "chunk"), [
-    ("weak", (2, 4, 1), 1), ("weak", (1, 2, 4), 3), ("supervised", (2, 2, 2), 2), ("one_task", (1, 8, 1), 1)])
+    ("weak", (2, 4, 1), 1), ("supervised", (2, 2, 2), 2)])
 def test_on_a_mesh_too(kind, sizes, chunk):
     agree(gradients(dataclasses.replace(STAGES[kind], encode_chunk_size=chunk), sizes), at_once(kind))
 
 
-@pytest.mark.parametrize(("kind", "sizes", "chunk"), [("weak", (1, 8, 1), None), ("sft", (2, 4, 1), None), ("supervised", (1, 4, 2), 2)])
+@pytest.mark.parametrize(("kind", "sizes", "chunk"), [("sft", (2, 4, 1), None), ("supervised", (1, 4, 2), 2)])
 def test_rows_that_the_devices_do_not_divide_are_spread_over_all_of_them(kind, sizes, chunk):
     """6 rows on 8 or 4 devices; in `supervised` the 12 hard negatives do not divide either."""
     stage = STAGES.get(kind) or examples.STAGES[kind]
@@ -133,7 +132,7 @@ def test_the_work_on_few_rows_is_even():
         np.testing.assert_array_equal(vectors[name], text["tokens"].sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("sizes", "chunk"), [(None, 3), (None, 5), ((2, 4, 1), 1), ((2, 2, 2), None)])
+@pytest.mark.parametrize(("sizes", "chunk"), [(None, 3), ((2, 4, 1), 1)])
 def test_dropout_is_replayed_whatever_the_chunks_and_the_mesh(sizes, chunk):
     dropped = gradients(dataclasses.replace(STAGES["weak"], encode_chunk_size=chunk), sizes, dropout=0.3)
     agree(dropped, at_once("weak", 0.3))
