@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -29,6 +29,7 @@ def preflight(
     overrides: list[str] = SetOption,
     slices: int = typer.Option(1, "--slices", min=1, help="So many of the topology, joined by their hosts' network."),
     hbm_gib: float = typer.Option(None, "--hbm-gib", min=0.0, help="Memory of one device, GiB, instead of its chip's."),
+    thorough: bool = typer.Option(False, "--thorough", help="Compile large steps with as much effort as training will: twice the time."),
     no_fix: bool = typer.Option(False, "--no-fix", help="When a step does not fit, name what would help and compile nothing more."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object for a stage, a list of them without --stage."),
 ) -> None:
@@ -58,7 +59,7 @@ def preflight(
     console, reports = Console(stderr=as_json), []
     for one in chosen:
         with console.status(f"compiling {one.name} for {accelerator.name}"):
-            reports.append(_check(run, one, accelerator, slices, limit, not no_fix))
+            reports.append(_check(run, one, accelerator, not no_fix, slices=slices, hbm_bytes=limit, thorough=thorough))
         if not as_json:
             _show(console, reports[-1])
     if as_json:
@@ -68,14 +69,17 @@ def preflight(
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
-def _check(run: configs.Run, stage: configs.AnyStage, accelerator: Accelerator, slices: int, limit: int | None, fix: bool) -> Report:
-    """The report of one stage; when it does not fit, with what would help and, if `fix`, the proof of the best of it."""
+def _check(run: configs.Run, stage: configs.AnyStage, accelerator: Accelerator, fix: bool, **options: Any) -> Report:
+    """The report of one stage; when it does not fit, with what would help and, if `fix`, the proof of the best of it.
+
+    `options`: those of `preflight.check`.
+    """
     from conan_jax.preflight import advice, check
 
     examples = prepared_examples(run, stage)
 
     def again(run: configs.Run, stage: configs.AnyStage) -> Report:
-        return check(run, stage, accelerator, slices=slices, hbm_bytes=limit, num_examples=examples)
+        return check(run, stage, accelerator, num_examples=examples, **options)
 
     report = again(run, stage)
     if report.fits is not False:

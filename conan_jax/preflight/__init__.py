@@ -15,7 +15,7 @@ from conan_jax.preflight.report import Report
 
 
 def check(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerator, *, slices: int = 1, hbm_bytes: int | None = None,
-          num_examples: Mapping[str, int] | None = None) -> Report:
+          num_examples: Mapping[str, int] | None = None, thorough: bool = False) -> Report:
     """What one update of a stage takes on an accelerator: compiled for it, on whatever machine this is.
 
     Args:
@@ -23,6 +23,8 @@ def check(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerat
         hbm_bytes: the limit of one device, instead of its chip's.
         num_examples: records of each task, "" where a stage has but one; they size the carry. None: one epoch is assumed,
             steps x batch.
+        thorough: compile with full effort whatever it takes. A stage with rows of three lengths or more holds that many copies of the
+            model; for a TPU it is compiled with little effort, unless that leaves any doubt whether it fits.
 
     Raises:
         ConfigError: the stage does not go with the mesh, libtpu is not installed, the accelerator can only be compiled for on
@@ -30,7 +32,8 @@ def check(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerat
     """
     from conan_jax.preflight.checker import check_stage
 
-    return check_stage(run, stage_config, accelerator, slices=slices, hbm_bytes=hbm_bytes, num_examples=num_examples)
+    return check_stage(run, stage_config, accelerator, slices=slices, hbm_bytes=hbm_bytes, num_examples=num_examples,
+                       thorough=thorough)
 
 
 __all__ = ["Report", "check"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +16,30 @@ from conan_jax.preflight.report import Report, Traffic
 from conan_jax.train.state import count_parameters
 
 
-def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerator, *, slices: int = 1,
-                hbm_bytes: int | None = None, num_examples: Mapping[str, int] | None = None) -> Report:
+MANY_LENGTHS = 3  # row lengths, each a copy of the model in the program, from which on it is compiled with little effort
+SURE = 0.6  # of the limit: above it, what little effort says is asked again
+
+
+def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerator, *, slices: int = 1, hbm_bytes: int | None = None,
+                num_examples: Mapping[str, int] | None = None, thorough: bool = False) -> Report:
     """As `preflight.check`."""
     chip, notes = accelerator.chip, []
     examples = dict(num_examples if num_examples is not None else one_epoch(stage_config))
     if num_examples is None:
         notes.append("no prepared data: the carry is sized for one epoch, steps x batch")
     placed = program.place(run, stage_config, examples, program.devices_of(accelerator, slices))
-    compiled = program.compile_step(run, stage_config, examples, placed)
+    limit = chip.hbm_bytes if hbm_bytes is None else hbm_bytes
+    lengths = {length for _, length in work.rows_of(stage_config)}
+    full = thorough or chip.platform != "tpu" or len(lengths) < MANY_LENGTHS
+    compiled = program.compile_step(run, stage_config, examples, placed, full)
+    if not full and limit is not None and compiled.peak > SURE * limit:
+        full = True
+        again = program.compile_step(run, stage_config, examples, placed)
+        compiled = dataclasses.replace(again, seconds=compiled.seconds + again.seconds)
+    if not full:
+        notes.append(f"rows of {len(lengths)} lengths: compiled with little effort, for training it may hold up to a third more (--thorough)")
 
     mesh = {axis: int(size) for axis, size in placed.mesh.shape.items()}
-    limit = chip.hbm_bytes if hbm_bytes is None else hbm_bytes
     parameters, body = count_parameters(placed.state.params, placed.axes)
     done = work.measure(run.model, stage_config, body, attention_of(run.model, stage_config, chip.platform), mesh["data"] * mesh["fsdp"])
     checkpoint, per_host = program.saved_bytes(placed.state)
@@ -49,7 +62,7 @@ def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Acc
         peak_bytes_per_device=compiled.peak, hbm_bytes_per_device=limit, memory=_memory(placed, compiled),
         tokens_per_step=round(done.tokens), flops_per_step=done.model_flops, hardware_flops_per_step=done.hardware_flops,
         steps=stage_config.steps, checkpoint_bytes=checkpoint, checkpoint_bytes_per_host=per_host, num_examples=examples,
-        compile_seconds=round(compiled.seconds, 1), notes=tuple(notes), refused=compiled.refused, **facts)
+        compile_seconds=round(compiled.seconds, 1), thorough=full, notes=tuple(notes), refused=compiled.refused, **facts)
 
 
 def one_epoch(stage_config: config.AnyStage) -> dict[str, int]:

@@ -37,7 +37,7 @@ class Report:
 
     `fits` is None where no limit is known (a CPU without `hbm_bytes`). What needs the compiled program (`collectives`,
     `seconds` and all that follows from it) is None when the compiler refused it; `peak_bytes_per_device` is then what it
-    said it would need.
+    said it would need. `thorough`: compiled with all the effort that training will take.
     """
 
     stage: str
@@ -60,6 +60,7 @@ class Report:
     checkpoint_bytes_per_host: int
     num_examples: dict[str, int]
     compile_seconds: float
+    thorough: bool
     collectives: tuple[Traffic, ...] | None = None
     roofline: dict[str, float] | None = None
     seconds: float | None = None

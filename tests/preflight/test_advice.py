@@ -24,7 +24,7 @@ def report(peak, state=2 * GIB, limit=16 * GIB, mesh=(1, 4, 1), fits=False, acce
         stage="s", kind="weak", accelerator=accelerator, slices=1, devices=4, hosts=1, mesh=dict(zip(("data", "fsdp", "tensor"), mesh)),
         batch="", fits=fits, peak_bytes_per_device=peak, hbm_bytes_per_device=limit,
         memory={"parameters": state, "activations_and_temporaries": peak - state}, tokens_per_step=1, flops_per_step=1.0,
-        hardware_flops_per_step=1.0, steps=9, checkpoint_bytes=4 * state, checkpoint_bytes_per_host=state, num_examples={}, compile_seconds=1.0)
+        hardware_flops_per_step=1.0, steps=9, checkpoint_bytes=4 * state, checkpoint_bytes_per_host=state, num_examples={}, compile_seconds=1.0, thorough=True)
 
 
 def settings(stage, one, **model):

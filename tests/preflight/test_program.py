@@ -92,3 +92,26 @@ def test_no_limit_no_verdict_and_a_small_one_is_missed(weak_report):
     assert report.fits is None and report.hbm_bytes_per_device is None
     again = preflight.check(run_of(stage), stage, accelerator("cpu:2"), hbm_bytes=report.peak_bytes_per_device - 1)
     assert again.fits is False and again.peak_bytes_per_device == report.peak_bytes_per_device
+
+
+@pytest.mark.parametrize(("peaks", "thorough", "efforts", "note"), [
+    ([2**20], False, [False], True),  # three lengths, far below the limit
+    ([2**30, 2**30 + 1], False, [False, True], False),  # near the limit: asked again
+    ([2**20], True, [True], False),
+])
+def test_little_effort_only_where_it_leaves_no_doubt(monkeypatch, peaks, thorough, efforts, note):
+    """On what looks like a TPU with 1 GiB; the compiler is replaced by its answers."""
+    asked, answers = [], iter(peaks)
+
+    def compile_step(*_, full_effort=True):
+        asked.append(full_effort)
+        return program.Compiled(text="HloModule m\n", peak=next(answers), arguments=None, seconds=1.0)
+
+    tasks = tuple(config.Task(f"t{n}", "sts", MIX, 8, config.Bucket(n, n)) for n in (8, 16, 32))
+    stage = config.SupervisedStage(name="s", steps=9, tasks=tasks)
+    monkeypatch.setattr(program, "compile_step", lambda run, stage, examples, placed, full_effort=True: compile_step(full_effort=full_effort))
+    monkeypatch.setattr(program, "devices_of", lambda *_: jax.devices("cpu")[:4])
+    report = preflight.check(run_of(stage), stage, accelerator("v5e-4"), hbm_bytes=2**30, thorough=thorough)
+    assert asked == efforts and report.thorough is efforts[-1] and report.peak_bytes_per_device == peaks[-1]
+    assert report.fits is (peaks[-1] <= 2**30) and report.compile_seconds == len(peaks)
+    assert any("little effort" in line for line in report.notes) is note
