@@ -29,8 +29,8 @@ $(STAMP) $(TPU_STAMP): requirements.txt pyproject.toml
 demo: $(STAMP)  ## train an embedder from scratch on your packages' documentation, then search it
 	$(BIN)/conan demo
 
-test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP)  ## the test suite, save what has a target of its own
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
 
 test-demo: $(STAMP)  ## the demo from nothing, twice: its figures must reach their bars and repeat
 	$(BIN)/python tests/demo_acceptance.py

@@ -56,10 +56,11 @@ def get_config(variant: str = "full") -> Run:
             ),
             SupervisedStage(
                 name="supervised", optimizer=peak, steps=47_000,  # 3.0M retrieval examples at 64 a step
+                # Two row lengths in all: each is a copy of the model in the compiled step, and small sub-batches ride along.
                 tasks=(
                     Task("retrieval", "retrieval", (Mix("retrieval"),), 4 * 16, Bucket(128, 512)),
                     Task("clr", "retrieval", (Mix("clr"),), 4 * 16, Bucket(128, 512)),
-                    Task("classification", "classification", (Mix("classification"),), 4 * 16, Bucket(256, 32), in_batch_negatives=False),
+                    Task("classification", "classification", (Mix("classification"),), 4 * 16, Bucket(512, 128), in_batch_negatives=False),
                     Task("sts", "sts", (Mix("sts"),), 32 * 16, Bucket(128, 128), weight=0.8),
                 ),
                 hard_negatives=HardNegatives(rule="v2", num_negatives=7, pool_size=32),

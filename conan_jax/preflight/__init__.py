@@ -23,7 +23,7 @@ def check(run: config.Run, stage_config: config.AnyStage, accelerator: Accelerat
         hbm_bytes: the limit of one device, instead of its chip's.
         num_examples: records of each task, "" where a stage has but one; they size the carry. None: one epoch is assumed,
             steps x batch.
-        thorough: compile with full effort whatever it takes. A stage with rows of three lengths or more holds that many copies of the
+        thorough: compile with full effort whatever it takes. A stage with rows of two lengths or more holds that many copies of the
             model; for a TPU it is compiled with little effort, unless that leaves any doubt whether it fits.
 
     Raises:

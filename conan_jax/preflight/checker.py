@@ -16,7 +16,7 @@ from conan_jax.preflight.report import Report, Traffic
 from conan_jax.train.state import count_parameters
 
 
-MANY_LENGTHS = 3  # row lengths, each a copy of the model in the program, from which on it is compiled with little effort
+MANY_LENGTHS = 2  # row lengths, each a copy of the model in the program, from which on it is compiled with little effort
 SURE = 0.6  # of the limit: above it, what little effort says is asked again
 
 
