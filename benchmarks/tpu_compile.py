@@ -50,8 +50,8 @@ def one_chip(chip: str) -> jax.sharding.Mesh:
 
 
 def compile_attention(
-    mesh: jax.sharding.Mesh, length: int, gradient: bool = True, mask: Callable[[jax.Array], Mask] = SoftMask, heads: tuple[int, int] = (32, 8),
-    head_dim: int = 112, dtype: jnp.dtype = jnp.bfloat16,
+    mesh: jax.sharding.Mesh, length: int, gradient: bool = True, mask: Callable[[jax.Array], Mask] = SoftMask,
+    heads: tuple[int, int] = (32, 8), head_dim: int = 112, dtype: jnp.dtype = jnp.bfloat16,
 ) -> jax.stages.Compiled:
     """The kernels, one row a device; with `gradient`, value and gradient. `heads`: of queries, of keys and values."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -37,7 +37,8 @@ def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Acc
         again = program.compile_step(run, stage_config, examples, placed)
         compiled = dataclasses.replace(again, seconds=compiled.seconds + again.seconds)
     if not full:
-        notes.append(f"rows of {len(lengths)} lengths: compiled with little effort, for training it may hold up to a third more (--thorough)")
+        notes.append(f"rows of {len(lengths)} lengths: compiled with little effort; for training it may hold up to "
+                     "a third more (--thorough)")
 
     mesh = {axis: int(size) for axis, size in placed.mesh.shape.items()}
     parameters, body = count_parameters(placed.state.params, placed.axes)
@@ -53,8 +54,8 @@ def check_stage(run: config.Run, stage_config: config.AnyStage, accelerator: Acc
         moved = roofline.moved_bytes(run.model, done, parameters, body, mesh, isinstance(stage_config, config.LMStage))
         facts = {"collectives": traffic, **_times(roofline.estimate(done, traffic, moved, accelerator, slices), done, stage_config.steps,
                                                   accelerator.chips * slices * chip.peak_flops, accelerator.chips * slices)}
-        notes.append(f"fast: all overlaps, at most {roofline.best_mfu(chip.name):.0%} MFU"
-                     f"{'' if chip.name in roofline.PUBLISHED_MFU else ' (none published for this chip near this size)'}; slow: nothing does")
+        published = "" if chip.name in roofline.PUBLISHED_MFU else " (none published for this chip near this size)"
+        notes.append(f"fast: all overlaps, at most {roofline.best_mfu(chip.name):.0%} MFU{published}; slow: nothing does")
     return Report(
         stage=stage_config.name, kind=stage_config.kind, accelerator=accelerator.name, slices=slices, devices=accelerator.chips * slices,
         hosts=accelerator.hosts * slices, mesh=mesh, batch=describe_batch(stage_config),

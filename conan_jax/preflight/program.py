@@ -65,14 +65,14 @@ def devices_of(accelerator: Accelerator, slices: int) -> list[Any]:
         name = f"{accelerator.chip.name}:{accelerator.topology}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices)
     if platform == "gpu":
-        raise ConfigError(f"{accelerator.name} can be compiled for on itself only; cpu:{accelerator.chips} gives the mesh, the collectives and a "
-                          f"bound of the memory (--hbm-gib {(accelerator.chip.hbm_bytes or 0) // 2**30} for its limit)")
+        raise ConfigError(f"{accelerator.name} can be compiled for on itself only; cpu:{accelerator.chips} gives the mesh, the collectives "
+                          f"and a bound of the memory (--hbm-gib {(accelerator.chip.hbm_bytes or 0) // 2**30} for its limit)")
     if slices > 1:
         raise ConfigError(f"{accelerator.name} has no slices: only TPUs do")
     found = jax.devices("cpu")
     if len(found) < needed:
-        raise ConfigError(f"{accelerator.name} needs {needed} CPU devices and this process has {len(found)}; jax makes them when it starts, "
-                          f"with XLA_FLAGS=--xla_force_host_platform_device_count={needed} (`conan preflight` sets that itself)")
+        raise ConfigError(f"{accelerator.name} needs {needed} CPU devices and this process has {len(found)}; jax makes them when it "
+                          f"starts, with XLA_FLAGS=--xla_force_host_platform_device_count={needed} (`conan preflight` sets that itself)")
     return found[:needed]
 
 
@@ -90,8 +90,8 @@ def compile_step(
     """The update of a stage, compiled for the devices of its mesh.
 
     Without `full_effort` a TPU's compiler overlaps and unrolls less, which takes it about half of the time and memory: the same
-    collectives, a somewhat smaller peak (by 8 % and 23 % where both were tried). On a TPU the peak is the one its compiler plans and holds against the memory. A CPU has no such plan: what is given and
-    returned, plus all temporary arrays.
+    collectives, a somewhat smaller peak (by 8 % and 23 % where both were tried). On a TPU the peak is the one its compiler plans and
+    holds against the memory. A CPU has no such plan: what is given and returned, plus all temporary arrays.
     """
     began = time.perf_counter()
     lowered = lower_step(run, stage_config, stage=make_stage(stage_config, placed.embedder), embedder=placed.embedder,

@@ -16,7 +16,8 @@ WEAK = config.WeakStage(name="weak", steps=9, datasets=MIX, global_batch_size=64
 
 def run_of(stage, **model):
     model = config.Model(vocab_size=512, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=64, num_layers=2, **model)
-    return config.Run(name="r", stages=(stage,), datasets=(config.Dataset("d", "pair", "x"),), model=model, tokenizer=config.Tokenizer(vocab_size=512))
+    return config.Run(name="r", stages=(stage,), datasets=(config.Dataset("d", "pair", "x"),), model=model,
+                      tokenizer=config.Tokenizer(vocab_size=512))
 
 
 def report(peak, state=2 * GIB, limit=16 * GIB, mesh=(1, 4, 1), fits=False, accelerator="v5e-4"):
@@ -24,7 +25,8 @@ def report(peak, state=2 * GIB, limit=16 * GIB, mesh=(1, 4, 1), fits=False, acce
         stage="s", kind="weak", accelerator=accelerator, slices=1, devices=4, hosts=1, mesh=dict(zip(("data", "fsdp", "tensor"), mesh)),
         batch="", fits=fits, peak_bytes_per_device=peak, hbm_bytes_per_device=limit,
         memory={"parameters": state, "activations_and_temporaries": peak - state}, tokens_per_step=1, flops_per_step=1.0,
-        hardware_flops_per_step=1.0, steps=9, checkpoint_bytes=4 * state, checkpoint_bytes_per_host=state, num_examples={}, compile_seconds=1.0, thorough=True)
+        hardware_flops_per_step=1.0, steps=9, checkpoint_bytes=4 * state, checkpoint_bytes_per_host=state, num_examples={},
+        compile_seconds=1.0, thorough=True)
 
 
 def settings(stage, one, **model):

@@ -21,7 +21,8 @@ run()
 
 def conan(*arguments, program=("-m", "conan_jax")):
     environ = {**os.environ, "COLUMNS": "80"}
-    return subprocess.run([sys.executable, *program, "preflight", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *program, "preflight", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
 
 
 def test_one_object_for_one_stage():

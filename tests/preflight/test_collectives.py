@@ -22,7 +22,7 @@ PROGRAM = HEADER + """
   %p = (s32[]{:T(128)}, bf16[16,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %w = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
-  %all-gather-start.1 = (bf16[16,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-start.1 = (bf16[16,128]{1,0}, bf16[128,128]{1,0}) all-gather-start(%w), replica_groups=[1,8]<=[8], dimensions={0}
   %all-gather-done.1 = bf16[128,128]{1,0} all-gather-done(%all-gather-start.1)
   ROOT %out = (s32[], bf16[16,128]) tuple(%i, %w)
 }
@@ -85,7 +85,8 @@ def test_parts_of_one_overlapped_collective_are_one():
 }
 """
     calls = "".join(f"  %f.{n} = bf16[128,128]{{1,0}} fusion(%b), kind=kCustom, calls=%piece.{n}\n" for n in (1, 2, 3))
-    text = PROGRAM.replace("ENTRY", "".join(piece.replace("N", str(n)) for n in (1, 2, 3)) + "ENTRY").replace("  ROOT %copy", calls + "  ROOT %copy")
+    pieces = "".join(piece.replace("N", str(n)) for n in (1, 2, 3))
+    text = PROGRAM.replace("ENTRY", pieces + "ENTRY").replace("  ROOT %copy", calls + "  ROOT %copy")
     gathers = [c for c in collectives.read(text).collectives if c.kind == "all-gather"]
     assert [c.times for c in gathers] == [7, 1] and gathers[1].bytes == 7 * B
 
@@ -116,8 +117,9 @@ def test_of_a_conditional_the_branch_that_sends_most():
 
 
 def test_what_goes_between_slices():
-    text = PROGRAM.replace("  ROOT %copy", """  %token = token[] after-all()
-  %send = (f32[64,32]{1,0}, u32[], token[]) send(%a, %token), channel_id=30, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+    how = 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+    text = PROGRAM.replace("  ROOT %copy", f"""  %token = token[] after-all()
+  %send = (f32[64,32]{{1,0}}, u32[], token[]) send(%a, %token), channel_id=30, is_host_transfer=true, {how}
   ROOT %copy""")
     between = [c for c in collectives.read(text, slices=4).collectives if c.link == "dcn"]
     assert between == [collectives.Collective("all-reduce", (), "dcn", 2 * A * 3 // 4)]
@@ -140,8 +142,9 @@ def test_axes_along_which_a_group_lies():
 
 
 def test_sizes_of_types():
-    assert [collectives.size_of(s) for s in ("pred[3]", "s4[3]", "bf16[2,4]{1,0:T(8,128)(2,1)}", "f8e4m3fn[5]", "c64[2]", "(f32[], u32[2])", "token[]")] == \
-        [3, 2, 16, 5, 16, 12, 0]
+    sizes = {"pred[3]": 3, "s4[3]": 2, "bf16[2,4]{1,0:T(8,128)(2,1)}": 16, "f8e4m3fn[5]": 5, "c64[2]": 16, "(f32[], u32[2])": 12,
+             "token[]": 0}
+    assert {shape: collectives.size_of(shape) for shape in sizes} == sizes
 
 
 def test_a_real_program_whose_traffic_is_known():

@@ -26,10 +26,12 @@ def run_of(stage, mesh=config.Mesh()):
 
 
 @pytest.mark.parametrize(("message", "size"), [
-    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", int(20.5 * 2**30)),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+     int(20.5 * 2**30)),
     ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (42.78G) exceeds available HBM (15.75G).",
      int(42.78 * 2**30)),
-    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 812.3M of 700.00M hbm.", int(812.3 * 2**20)),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 812.3M of 700.00M hbm.",
+     int(812.3 * 2**20)),
     ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.5M of 16.00M vmem.", None),
     ("INTERNAL: Mosaic failed to compile a kernel", None),
 ])
@@ -65,7 +67,8 @@ def test_the_environment_for_a_pod_and_for_cpu_devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def weak_report():
-    stage = config.WeakStage(name="weak", steps=100, datasets=MIX, global_batch_size=16, buckets=(config.Bucket(8, 8), config.Bucket(32, 16)))
+    buckets = (config.Bucket(8, 8), config.Bucket(32, 16))
+    stage = config.WeakStage(name="weak", steps=100, datasets=MIX, global_batch_size=16, buckets=buckets)
     return preflight.check(run_of(stage, config.Mesh(data=2, fsdp=2)), stage, accelerator("cpu:4"), hbm_bytes=2**30)
 
 
@@ -103,13 +106,13 @@ def test_little_effort_only_where_it_leaves_no_doubt(monkeypatch, peaks, thoroug
     """On what looks like a TPU with 1 GiB; the compiler is replaced by its answers."""
     asked, answers = [], iter(peaks)
 
-    def compile_step(*_, full_effort=True):
+    def compile_step(run, stage, examples, placed, full_effort=True):
         asked.append(full_effort)
         return program.Compiled(text="HloModule m\n", peak=next(answers), arguments=None, seconds=1.0)
 
     tasks = tuple(config.Task(f"t{n}", "sts", MIX, 8, config.Bucket(n, n)) for n in (8, 16, 32))
     stage = config.SupervisedStage(name="s", steps=9, tasks=tasks)
-    monkeypatch.setattr(program, "compile_step", lambda run, stage, examples, placed, full_effort=True: compile_step(full_effort=full_effort))
+    monkeypatch.setattr(program, "compile_step", compile_step)
     monkeypatch.setattr(program, "devices_of", lambda *_: jax.devices("cpu")[:4])
     report = preflight.check(run_of(stage), stage, accelerator("v5e-4"), hbm_bytes=2**30, thorough=thorough)
     assert asked == efforts and report.thorough is efforts[-1] and report.peak_bytes_per_device == peaks[-1]

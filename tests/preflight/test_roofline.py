@@ -55,7 +55,8 @@ def test_a_cpu_has_no_links():
 
 def test_bytes_to_and_from_memory_by_hand():
     """2 layers, D 8, F 16, 2 heads of 4 and one of them for keys and values, float32; 100 token passes, 10 of them tokens."""
-    model = config.Model(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, compute_dtype="float32")
+    model = config.Model(vocab_size=32, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
+                         compute_dtype="float32")
     work = Work(tokens=20, model_flops=1, hardware_flops=1, weight_passes=3, token_passes=60)
     moved = roofline.moved_bytes(model, work, 1000, 700, {"data": 2, "fsdp": 1, "tensor": 1}, predicts=True)
     activations = 60 / 2 * 2 * 2 * (6 * 8 + 2 * 4 + 3 * 16) * 4

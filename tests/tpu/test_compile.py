@@ -52,7 +52,8 @@ def test_over_a_mesh_every_device_runs_the_kernels_on_its_own_part():
 def test_a_step_compiles_for_a_pod_with_the_kernels_in_it(kind):
     model = config.Model(vocab_size=1024, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2, max_length=512)
     mix = (config.Mix("d"),)
-    stages = {"pretrain": config.LMStage(name="pretrain", kind="pretrain", steps=10, datasets=mix, global_batch_size=8, sequence_length=512),
+    stages = {"pretrain": config.LMStage(name="pretrain", kind="pretrain", steps=10, datasets=mix, global_batch_size=8,
+                                          sequence_length=512),
               "weak": config.WeakStage(name="weak", steps=10, datasets=mix, global_batch_size=8, buckets=(config.Bucket(128, 256),))}
     run = config.Run(name="r", stages=(stages[kind],), datasets=(config.Dataset("d", "pair", "unused"),), model=model,
                      tokenizer=config.Tokenizer(vocab_size=1000))

@@ -1,5 +1,6 @@
 """A preflight for a TPU slice that is not here: memory as its compiler plans it, and a step that does not fit with what makes it fit."""
 
+import dataclasses
 import importlib.util
 import os
 
@@ -14,13 +15,14 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                 reason="nothing compiles for a TPU without libtpu; `make test-tpu` installs it and runs this")
 
-MODEL = config.Model(vocab_size=1024, hidden_size=256, intermediate_size=8192, num_layers=2, num_heads=4, num_kv_heads=2, max_length=512)
+MODEL = config.Model(vocab_size=1024, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2, max_length=512)
 V5E = accelerator("v5e:2x2")
 
 
-def run_of(**stage):
+def run_of(intermediate_size=512, **stage):
     weak = config.WeakStage(name="weak", steps=10, datasets=(config.Mix("d"),), **stage)
-    return config.Run(name="r", stages=(weak,), datasets=(config.Dataset("d", "pair", "unused"),), model=MODEL,
+    model = dataclasses.replace(MODEL, intermediate_size=intermediate_size)
+    return config.Run(name="r", stages=(weak,), datasets=(config.Dataset("d", "pair", "unused"),), model=model,
                       tokenizer=config.Tokenizer(vocab_size=1000))
 
 
@@ -43,7 +45,7 @@ def test_two_slices_exchange_gradients_over_the_network():
 
 
 def test_a_step_that_does_not_fit_and_what_makes_it_fit():
-    run = run_of(global_batch_size=4096, buckets=(config.Bucket(512, 512),))  # 1 Mi tokens a device x 8192 numbers are 16 GiB
+    run = run_of(8192, global_batch_size=4096, buckets=(config.Bucket(512, 512),))  # 1 Mi tokens a device x 8192 numbers are 16 GiB
     report = check(run)
     assert report.fits is False and "RESOURCE_EXHAUSTED" in report.refused and report.seconds is None
     assert report.peak_bytes_per_device > report.hbm_bytes_per_device
