@@ -57,8 +57,11 @@ def render(
     """
     from conan_jax import config_io, launch
 
+    run = config_io.load_run(config, overrides)
+    if stage is not None:
+        run.stage(stage)
     spec = launch.LaunchSpec(
-        target=target, name=name or _job_name(config_io.load_run(config, overrides).name), config=config, accelerator=accelerator,
+        target=target, name=_job_name(run.name) if name is None else name, config=config, accelerator=accelerator,
         overrides=tuple(overrides), stage=stage, slices=slices, chips_per_host=chips_per_host, python=python, working_dir=working_dir,
         image=image, namespace=namespace, output_claim=output_claim, output_mount=output_mount, queue=queue, account=account,
         service_account=service_account, project=project, zone=zone, environment=tuple(environment), secret=secret,
@@ -97,7 +100,9 @@ def check(
     else:
         for finding in findings:
             typer.echo(f"{'wrong' if finding.serious else 'note'}  {finding.rule}: {finding.message}")
-        typer.echo(f"{folder}: {'nothing wrong' if ok else 'not fit to be submitted'}")
+        notes = len(findings)
+        fine = f"nothing wrong{f', {notes} to note' if notes else ''}"
+        typer.echo(f"{folder}: {fine if ok else 'not fit to be submitted'}")
     if not ok:
         raise typer.Exit(EXIT_BAD_INPUT)
 

@@ -34,13 +34,16 @@ def render(spec: LaunchSpec) -> dict[str, str]:
 
 
 def write(spec: LaunchSpec, folder: Path) -> list[Path]:
-    """Render into `folder`. Raises `ConfigError` when it holds the launch of another target."""
+    """Render into `folder`. Raises `ConfigError` when it holds the launch of another target, or cannot be written."""
     other = folder / SPEC_FILE
     if other.exists() and read(folder).target != spec.target:
         raise ConfigError(f"{folder} holds a launch on {read(folder).target}; render this one into a folder of its own (--out)")
     files = []
     for name, content in render(spec).items():
-        write_file(folder / name, content)
+        try:
+            write_file(folder / name, content)
+        except OSError as error:
+            raise ConfigError(f"{folder / name} cannot be written: {error.strerror}; give --out a folder that can") from error
         files.append(folder / name)
     return files
 

@@ -47,7 +47,7 @@ _READ_BY = {
     "account": ("slurm",), "project": ("tpu-vm",), "zone": ("tpu-vm",),
     "output_mount": ("gke-jobset",), "queue": ("gke-jobset", "slurm"), "service_account": ("gke-jobset", "tpu-vm"),
     "time_limit_minutes": ("gke-jobset", "slurm"), "grace_seconds": ("gke-jobset", "slurm"),
-    "max_restarts": ("gke-jobset", "slurm", "tpu-vm"),
+    "max_restarts": ("gke-jobset", "slurm", "tpu-vm"), "environment": ("gke-jobset", "slurm", "local"),
 }
 _NEEDED_BY = {
     "gke-jobset": ("image", "output_claim"), "tpu-vm": ("project", "zone"), "slurm": (), "local": (),
@@ -62,7 +62,7 @@ class LaunchSpec:
     `slices` such accelerators are joined over the data-centre network. `working_dir` is where `config` is found: in the image, or on
     the machines. `output_mount` is where pods find `output_claim`, a claim that all of them may write to; the run's folder lies on it.
     `environment` names variables that the job needs: their values come from `secret` on Kubernetes, from whoever starts it elsewhere,
-    and are written nowhere. `time_limit_minutes` is one attempt's; `grace_seconds` pass between SIGTERM and the end.
+    and are written nowhere; a TPU VM boots without any, so its paths go into the recipe. `time_limit_minutes` is one attempt's; `grace_seconds` pass between SIGTERM and the end.
     Raises `ConfigError` naming the field.
     """
 
@@ -132,6 +132,9 @@ class LaunchSpec:
             whole = isinstance(value, int) and not isinstance(value, bool)
             _check((value is None and name in ("time_limit_minutes", "chips_per_host")) or (whole and least <= value <= most),
                    name, value, f"a whole number from {least} to {most}")
+        limit = self.time_limit_minutes
+        _check(limit is None or 60 * limit >= 2 * self.grace_seconds, "time_limit_minutes", limit,
+               f"at least twice the grace of {self.grace_seconds} s: an attempt is told to stop that long before its end")
         platform = self.hardware.chip.platform
         _check(self.slices == 1 or platform == "tpu", "slices", self.slices, f"1: {self.accelerator} is no TPU slice, ask for more of them")
         _check(self.target != "tpu-vm" or platform == "tpu", "accelerator", self.accelerator, "a TPU: tpu-vm has no other machines")

@@ -79,6 +79,10 @@ def devices_of(accelerator: Accelerator, slices: int) -> list[Any]:
 def place(run: config.Run, stage_config: config.AnyStage, num_examples: dict[str, int], devices: list[Any]) -> Placed:
     """The stage over the mesh that training would choose. Raises `ConfigError` where the two do not go together."""
     embedder, mesh = Embedder(run.model), sharding.make_mesh(run.mesh, devices)
+    if mesh.devices.size != len(devices):
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
+        raise ConfigError(f"{sizes} leaves {len(devices) - mesh.devices.size} of {len(devices)} devices idle; set one of mesh.data, "
+                          "mesh.fsdp, mesh.tensor to -1")
     updates = optimizer.make_optimizer(stage_config.optimizer, stage_config.steps, embedder.axes())
     abstract = state.abstract_state(embedder, make_stage(stage_config, embedder), updates, num_examples, mesh)
     return Placed(mesh, abstract, abstract_batch(batch_shapes(stage_config), mesh), embedder.axes(), embedder)

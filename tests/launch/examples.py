@@ -12,8 +12,7 @@ MORE = {
                        time_limit_minutes=1440),
     "slurm": dict(python=".venv/bin/python", working_dir="/home/me/conan_jax", queue="accelerators", account="research",
                   environment=("CONAN_DATA",), time_limit_minutes=1440),
-    "tpu-vm": dict(python=".venv/bin/python", working_dir="/home/me/conan_jax", project="my-project", zone="us-east5-b",
-                   environment=("CONAN_DATA",)),
+    "tpu-vm": dict(python=".venv/bin/python", working_dir="/home/me/conan_jax", project="my-project", zone="us-east5-b"),
     "local": dict(python=".venv/bin/python"),
 }
 

@@ -61,12 +61,22 @@ def test_what_fails_its_check_is_not_submitted(tmp_path):
     (["--target", "gke-jobset", "--accelerator", "v5e-256", "--image", "a/b", "--output-claim", "c", "--env", "A"], "secret"),
     (["--target", "slurm", "--accelerator", "h100-8", "--slices", "2"], "no TPU slice"),
     (["--target", "slurm", "--accelerator", "h100-8", "--max-restarts", "-1"], "max_restarts"),
+    (["--target", "slurm", "--accelerator", "h100-8", "--stage", "wek"], "wek"),
+    (["--target", "slurm", "--accelerator", "h100-8", "--grace", "300", "--time-limit", "4"], "time_limit_minutes"),
+    (["--target", "slurm", "--accelerator", "h100-8", "--name", ""], "name"),
+    (["--target", "tpu-vm", "--accelerator", "v5e-8", "--project", "my-project", "--zone", "us-a", "--env", "A"], "tpu-vm does not read it"),
 ])
 def test_what_cannot_be_rendered_is_refused_in_one_line(tmp_path, arguments, words):
     done = conan("render", CONFIG, *arguments, "--out", "job", folder=tmp_path)
     assert done.returncode == 78, done.stdout
     assert words in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "job").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "job").write_text("a file")
+    done = conan("render", CONFIG, "--target", "slurm", "--accelerator", "h100-8", "--out", "job", folder=tmp_path)
+    assert done.returncode == 78 and "job" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_folder_is_not_taken_for_another_target(tmp_path):

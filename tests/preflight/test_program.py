@@ -97,6 +97,12 @@ def test_no_limit_no_verdict_and_a_small_one_is_missed(weak_report):
     assert again.fits is False and again.peak_bytes_per_device == report.peak_bytes_per_device
 
 
+def test_a_mesh_that_leaves_devices_idle_is_refused():
+    stage = config.WeakStage(name="w", steps=9, datasets=MIX, global_batch_size=8, buckets=(config.Bucket(8, 8),))
+    with pytest.raises(ConfigError, match="leaves 5 of 8 devices idle"):
+        preflight.check(run_of(stage, config.Mesh(fsdp=3)), stage, accelerator("cpu:8"))
+
+
 @pytest.mark.parametrize(("peaks", "thorough", "efforts", "note"), [
     ([2**20], False, [False], True),  # three lengths, far below the limit
     ([2**30, 2**30 + 1], False, [False, True], False),  # near the limit: asked again

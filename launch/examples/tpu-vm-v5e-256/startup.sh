@@ -3,7 +3,6 @@ set -u
 exec 9> /var/lock/conan-conan-v2
 flock --nonblock 9 || exit 0
 cd -- /home/me/conan_jax || exit 78
-[ -n "${CONAN_DATA:-}" ] || { echo 'conan-v2: CONAN_DATA is not set' >&2; exit 78; }
 command=(
   .venv/bin/python
   -m
