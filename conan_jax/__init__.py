@@ -20,7 +20,7 @@ allocator.configure()
 def __getattr__(name: str):
     """`conan_jax.Encoder`, imported on first use so that `import conan_jax` stays free of jax."""
     if name == "Encoder":
-        from conan_jax.eval.encoder import Encoder
+        from conan_jax.inference.encoder import Encoder
 
         return Encoder
     raise AttributeError(f"module 'conan_jax' has no attribute {name!r}")

@@ -65,8 +65,8 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
     from conan_jax.cli.search import results_table as answers_table
     from conan_jax.cli.tables import results_table
     from conan_jax.data.locations import resolve
-    from conan_jax.eval.encoder import Encoder
-    from conan_jax.eval.search import build_index, search
+    from conan_jax.inference.encoder import Encoder
+    from conan_jax.inference.search import build_index, search
     from conan_jax.files import write_json
     from conan_jax.train.report import write_report
 

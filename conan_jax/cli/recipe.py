@@ -116,7 +116,7 @@ class Recipe:
 
     def _evaluate_stage(self, folder: Path, trained: bool) -> None:
         """Score what was trained, or what was never scored on these sets."""
-        from conan_jax.eval.encoder import Encoder
+        from conan_jax.inference.encoder import Encoder
 
         done = read_json(folder / "evaluation.json", {})
         if trained or set(done) != {e.name for e in self.evaluations}:
@@ -143,7 +143,7 @@ class Recipe:
 
     def _evaluate_baselines(self) -> None:
         """The model before its first step, and BM25 on the retrieval sets."""
-        from conan_jax.eval.encoder import Encoder
+        from conan_jax.inference.encoder import Encoder
         from conan_jax.eval.retrieval import evaluate_bm25
 
         names = {e.name for e in self.evaluations}

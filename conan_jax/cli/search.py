@@ -29,9 +29,9 @@ def search(
         conan search "parse a date" --json
     """
     from conan_jax.errors import DataError
-    from conan_jax.eval.encoder import Encoder
-    from conan_jax.eval.search import META
-    from conan_jax.eval.search import search as find
+    from conan_jax.inference.encoder import Encoder
+    from conan_jax.inference.search import META
+    from conan_jax.inference.search import search as find
 
     index = run / "index"
     if not (index / META).is_file():

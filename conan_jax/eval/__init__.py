@@ -8,7 +8,7 @@ from typing import Any
 from conan_jax import config
 from conan_jax.errors import ConfigError
 from conan_jax.eval.classification import evaluate_classification
-from conan_jax.eval.encoder import Encoder
+from conan_jax.inference.encoder import Encoder
 from conan_jax.eval.retrieval import evaluate_bm25, evaluate_retrieval
 from conan_jax.eval.sts import evaluate_sts
 

@@ -11,8 +11,8 @@ import pytest
 from conan_jax import config, config_io
 from conan_jax.data.tokenizer import EOS, train_tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
-from conan_jax.eval import encoder as encoder_module
-from conan_jax.eval.encoder import Encoder, batches
+from conan_jax.inference import encoder as encoder_module
+from conan_jax.inference.encoder import Encoder, batches
 from conan_jax.model import Bidirectional, Causal, Embedder
 from conan_jax.train import checkpoint
 from conan_jax.train.state import TrainState

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from conan_jax.errors import DataError
-from conan_jax.eval.retrieval import top_k
 from conan_jax.files import replacing, write_file, write_json
+from conan_jax.inference.top_k import top_k
 
 VECTORS, DOCUMENTS, META = "vectors.npy", "docs.jsonl", "meta.json"
 

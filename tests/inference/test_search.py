@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conan_jax.errors import DataError
-from conan_jax.eval.search import build_index, search
+from conan_jax.inference.search import build_index, search
 from tests.eval.fakes import WordEncoder
 
 WORDS = "read file close socket parse date".split()
@@ -72,10 +72,10 @@ def test_an_empty_query_and_wrong_documents_are_refused(index, tmp_path):
 
 
 def test_the_command_prints_answers_and_says_what_to_do_without_an_index(index, monkeypatch):
-    import conan_jax.eval.encoder
+    import conan_jax.inference.encoder
     from conan_jax.cli.main import app
 
-    monkeypatch.setattr(conan_jax.eval.encoder.Encoder, "load", classmethod(lambda cls, folder: WordEncoder(WORDS)))
+    monkeypatch.setattr(conan_jax.inference.encoder.Encoder, "load", classmethod(lambda cls, folder: WordEncoder(WORDS)))
     shown = CliRunner().invoke(app, ["search", "read a file", "--run", str(index.parent)], env={"COLUMNS": "160"})
     assert shown.exit_code == 0 and "io.read" in shown.output and "Read [bold]all[/bold] of it." in shown.output
     listed = CliRunner().invoke(app, ["search", "read a file", "--run", str(index.parent), "-k", "1", "--json"])

@@ -1,0 +1,1 @@
+"""Folders of the Hugging Face form: stock decoder architectures, safetensors, tokenizer.json."""

@@ -1,0 +1,1 @@
+"""Texts in, vectors out: the encoder, whole corpora of vectors, and search over them."""
