@@ -55,7 +55,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int, instru
         if len(prompt) + 2 > length:
             raise DataError(f"the instruction {instruction[:60]!r} takes {len(prompt)} tokens and leaves no room for a text in {length}: "
                             "shorten the instruction or raise the length of the bucket")
-    encoded = _encode_heads(tokenizer, texts, length)
+    encoded = encode_heads(tokenizer, texts, length)
     tokens = np.full((len(texts), length), PAD, np.int32)
     lengths = np.empty(len(texts), np.int32)
     prompt_lengths = np.zeros(len(texts), np.int32)
@@ -183,25 +183,28 @@ def sts_batch(
     }
 
 
-def _encode_heads(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
+def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
     """The tokens of each text, at least the first `length` of a longer one: most of a long document need not be encoded."""
-    heads = [_head(text, length * _USUAL_CHARACTERS) for text in texts]
+    limit = max((length + 1) * tokenizer.max_piece_length, length * _USUAL_CHARACTERS)  # more characters cannot fit
+    heads = [_head(text, length * _USUAL_CHARACTERS, limit) for text in texts]
     encoded = tokenizer.encode_batch(heads)
-    short = [i for i, text in enumerate(texts) if len(encoded[i]) < length and len(heads[i]) < len(text)]
-    limit = (length + 1) * tokenizer.max_piece_length  # more characters cannot fit
+    short = [i for i, text in enumerate(texts) if len(encoded[i]) < length and len(heads[i]) < min(len(text), limit)]
     for i, ids in zip(short, tokenizer.encode_batch([texts[i][:limit] for i in short])):
         encoded[i] = ids
     return encoded
 
 
-def _head(text: str, size: int) -> str:
-    """`text` up to the last white space before `size`. No token spans that place, so its tokens are the first ones of the whole."""
+def _head(text: str, size: int, limit: int) -> str:
+    """`text` up to the last white space before `size`: no token spans that place, so its tokens are the first ones of the whole.
+
+    Where there is no white space, the first `limit` characters.
+    """
     if len(text) <= size:
         return text
     cut = text.rfind(" ", 0, size)
     while cut > 0 and text[cut - 1] == " ":
         cut -= 1
-    return text[:cut] if cut > 0 else text
+    return text[: cut if cut > 0 else limit]
 
 
 def _prompts(tokenizer: Tokenizer, instructions: Sequence[str]) -> dict[str, list[int]]:

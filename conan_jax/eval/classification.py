@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from conan_jax import config
+from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import DataError
 from conan_jax.eval.records import read_records
 
@@ -40,7 +41,7 @@ def evaluate_classification(encoder: Any, evaluation: config.Evaluation) -> Figu
     draws = sample(train_labels, SAMPLES_PER_LABEL, EXPERIMENTS, SEED)
     used = np.unique(np.concatenate(draws))  # only what is drawn is encoded
     texts = [train[i]["text"] for i in used] + [r["text"] for r in test]
-    vectors = encoder.encode(texts, instruction=evaluation.instruction, max_length=evaluation.max_length)
+    vectors = encoder.encode(texts, prompt=query_prompt(evaluation.instruction), max_length=evaluation.max_length)
     place = {int(row): i for i, row in enumerate(used)}
     results = [
         fit_and_score(vectors[[place[int(i)] for i in draw]], train_labels[draw], vectors[len(used) :], test_labels) for draw in draws

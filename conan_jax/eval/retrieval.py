@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from conan_jax import config
 from conan_jax.data.bm25 import bm25_ranks
+from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import DataError
 from conan_jax.inference.top_k import top_k
 
@@ -73,7 +74,7 @@ def evaluate_retrieval(encoder: Any, evaluation: config.Evaluation) -> Figures:
     """
     data = read_beir(evaluation.path, evaluation.split, evaluation.max_queries)
     documents = encoder.encode_document(data.documents, max_length=evaluation.max_length)
-    queries = encoder.encode_query(data.queries, instruction=evaluation.instruction, max_length=evaluation.max_length)
+    queries = encoder.encode_query(data.queries, prompt=query_prompt(evaluation.instruction), max_length=evaluation.max_length)
     ranks, _ = top_k(queries, documents, DEPTH)
     return score(data, ranks)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from conan_jax import config
+from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import DataError
 from conan_jax.eval.records import read_records
 
@@ -26,7 +27,7 @@ def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
         raise DataError(f"{evaluation.path} has {len(gold)} pairs with {len(set(gold))} different scores; "
                         "a correlation needs at least two of each")
     texts = [r["sentence1"] for r in records] + [r["sentence2"] for r in records]
-    vectors = encoder.encode(texts, instruction=evaluation.instruction, max_length=evaluation.max_length).astype(np.float64)
+    vectors = encoder.encode(texts, prompt=query_prompt(evaluation.instruction), max_length=evaluation.max_length).astype(np.float64)
     left, right = vectors[: len(records)], vectors[len(records) :]
     cosine = np.sum(left * right, axis=1)
     if np.ptp(cosine) == 0:  # a model that answers alike for every pair ranks nothing

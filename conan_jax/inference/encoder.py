@@ -17,8 +17,9 @@ from rich.progress import track
 from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
 from conan_jax.data.tokenizer import Tokenizer
-from conan_jax.data.transforms import encode_texts
 from conan_jax.errors import CheckpointError, ConfigError, DataError
+from conan_jax.inference.prompts import DOCUMENT, QUERY, prompts_of
+from conan_jax.inference.tokens import prompt_tokens, token_rows
 from conan_jax.model import Bidirectional, Embedder
 from conan_jax.stages import make_stage
 from conan_jax.train import checkpoint
@@ -43,15 +44,18 @@ class Encoder:
         mask: how tokens attend to each other; bidirectional unless the last stage trained says otherwise.
         identity: where the weights come from (run, stage, step, tokenizer sha256); kept beside an index so that a
             query is never encoded by another model than the documents were.
+        prompts: what stands before a text, by name: full strings. `encode_query` uses "query", `encode_document` "document".
     """
 
     def __init__(
-        self, params: Any, model: config.Model, tokenizer: Tokenizer, mask: Any = Bidirectional(), identity: dict[str, Any] | None = None
+        self, params: Any, model: config.Model, tokenizer: Tokenizer, mask: Any = Bidirectional(), identity: dict[str, Any] | None = None,
+        prompts: dict[str, str] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
         self.identity = {"tokenizer_sha256": tokenizer.sha256, **(identity or {})}
+        self.prompts = {QUERY: "", DOCUMENT: "", **(prompts or {})}
         self._embedder = Embedder(model)
 
     @classmethod
@@ -68,7 +72,7 @@ class Encoder:
         mask = make_stage(stage, Embedder(run.model)).mask(stage.steps)
         tokenizer = _find_tokenizer(run, stage_folder, metadata["tokenizer_sha256"])
         identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
-        return cls(checkpoint.restore_params(stage_folder, metadata["step"]), run.model, tokenizer, mask, identity)
+        return cls(checkpoint.restore_params(stage_folder, metadata["step"]), run.model, tokenizer, mask, identity, prompts_of(run))
 
     @classmethod
     def untrained(cls, run: config.Run, tokenizer: Tokenizer) -> Encoder:
@@ -76,7 +80,7 @@ class Encoder:
         embedder = Embedder(run.model)
         mask = make_stage(run.stages[0], embedder).mask(0)
         params = jax.jit(embedder.init)(jax.random.key(run.seed))
-        return cls(params, run.model, tokenizer, mask, {"run": run.name, "stage": "untrained", "step": 0})
+        return cls(params, run.model, tokenizer, mask, {"run": run.name, "stage": "untrained", "step": 0}, prompts_of(run))
 
     @property
     def dimension(self) -> int:
@@ -85,25 +89,26 @@ class Encoder:
 
     def encode(
         self,
-        texts: str | Sequence[str],
-        *,
-        instruction: str = "",
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 64,
         max_length: int | None = None,
         show_progress_bar: bool = False,
     ) -> Float32[np.ndarray, "N D"]:
         """One L2-normalised float32 vector a text, in the order of `texts`; a single string gives [D].
 
-        A text is cut to `max_length` tokens, instruction and EOS included (default: 512, or less where the model knows less).
-        With an instruction the model reads "Instruct: {instruction}\\nQuery: {text}" and pools the text alone (METHODS 1.7). An
+        A text is cut to `max_length` tokens, prompt and EOS included (default: 512, or less where the model knows less).
+        The model reads `prompt`, or `prompts[prompt_name]`, before the text and pools the text alone (METHODS 1.7). An
         empty text is its EOS token alone. Texts are sorted into row lengths 16, 32, 64 ... `max_length` with a fixed number of
         rows, so that at most one program a row length is compiled.
 
         Raises `ConfigError` for a `max_length` the model does not know and `DataError` for a text that is no string.
         """
-        if isinstance(texts, str):
-            return self.encode([texts], instruction=instruction, batch_size=1, max_length=max_length)[0]
-        texts = list(texts)
+        if isinstance(inputs, str):
+            return self.encode([inputs], prompt_name, prompt, batch_size=1, max_length=max_length)[0]
+        texts = list(inputs)
+        prompt = self._prompt(prompt_name, prompt)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"text {i} is {type(text).__name__}, not str: {text!r:.80}")
@@ -116,24 +121,40 @@ class Encoder:
         rounds = range(0, len(texts), TEXTS_PER_ROUND)
         for start in track(rounds, "encoding", disable=not show_progress_bar):
             chosen = texts[start : start + TEXTS_PER_ROUND]
-            vectors[start : start + len(chosen)] = self._encode_round(chosen, instruction, batch_size, longest)
+            vectors[start : start + len(chosen)] = self._encode_round(chosen, prompt, batch_size, longest)
         return vectors
 
-    def encode_query(self, texts: str | Sequence[str], *, instruction: str = "", **options: Any) -> Float32[np.ndarray, "N D"]:
-        """`encode` of what is searched for; the instruction says what for."""
-        return self.encode(texts, instruction=instruction, **options)
+    def encode_query(
+        self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Float32[np.ndarray, "N D"]:
+        """`encode` of what is searched for, after `prompts["query"]` unless another prompt is given."""
+        return self.encode(inputs, prompt_name or QUERY, prompt, **options)
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Float32[np.ndarray, "N D"]:
-        """`encode` of what is searched in: documents are bare (METHODS 1.7)."""
-        return self.encode(texts, **options)
+    def encode_document(
+        self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options: Any
+    ) -> Float32[np.ndarray, "N D"]:
+        """`encode` of what is searched in, after `prompts["document"]`, which is empty, unless another prompt is given."""
+        return self.encode(inputs, prompt_name or DOCUMENT, prompt, **options)
 
     @staticmethod
     def similarity(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "N M"]:
         """Cosine of every pair; the vectors of `encode` have length 1, so it is their inner product."""
         return np.asarray(a, np.float32) @ np.asarray(b, np.float32).T
 
-    def _encode_round(self, texts: list[str], instruction: str, batch_size: int, longest: int) -> Float32[np.ndarray, "N D"]:
-        batch = encode_texts(self.tokenizer, texts, longest, [instruction] * len(texts) if instruction else None)
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        if prompt is not None or name is None:
+            return prompt or ""
+        if name not in self.prompts:
+            raise ConfigError(f"there is no prompt {name!r}; this model has {', '.join(map(repr, self.prompts))}, or give prompt=")
+        return self.prompts[name]
+
+    def _encode_round(self, texts: list[str], prompt: str, batch_size: int, longest: int) -> Float32[np.ndarray, "N D"]:
+        prefix = prompt_tokens(self.tokenizer, prompt, longest)
+        rows_of_ids = token_rows(self.tokenizer, texts, prefix, longest)
+        batch = {"tokens": np.zeros((len(texts), longest), np.int32), "lengths": np.array([len(r) for r in rows_of_ids], np.int32),
+                 "prompt_lengths": np.full(len(texts), len(prefix), np.int32)}
+        for i, ids in enumerate(rows_of_ids):
+            batch["tokens"][i, : len(ids)] = ids
         results: list[tuple[np.ndarray, Array]] = []
         for rows, length in batches(batch["lengths"], batch_size, longest):
             # Results are collected after the last call, so the device works while the host cuts the next batch.

@@ -43,7 +43,7 @@ def build_index(encoder: Any, docs_jsonl: str | Path, out_dir: str | Path, *, ma
     return out
 
 
-def search(index_dir: str | Path, encoder: Any, query: str, k: int = 5, *, instruction: str = "") -> list[Answer]:
+def search(index_dir: str | Path, encoder: Any, query: str, k: int = 5, *, prompt: str | None = None) -> list[Answer]:
     """The k documents nearest to `query`, best first: each as it was indexed, with its cosine as `score`.
 
     Raises `DataError` when the index is missing, damaged, or was made by another model, or the query is blank.
@@ -51,7 +51,7 @@ def search(index_dir: str | Path, encoder: Any, query: str, k: int = 5, *, instr
     if not query.strip():
         raise DataError('the query is empty; ask something, for instance conan search "read a file line by line"')
     vectors, docs = load_index(index_dir, encoder)
-    rows, scores = top_k(encoder.encode_query([query], instruction=instruction), vectors, k)
+    rows, scores = top_k(encoder.encode_query([query], prompt=prompt), vectors, k)
     return [{"score": round(float(s), 4), **docs[int(r)]} for r, s in zip(rows[0], scores[0], strict=True)]
 
 

@@ -12,15 +12,17 @@ class WordEncoder:
         self.words = list(words)
         self.identity = {"run": name, "stage": "s", "step": 1, "tokenizer_sha256": "f" * 64}
         self.model = SimpleNamespace(max_length=512)
+        self.prompts = {"query": "", "document": ""}
         self.calls = []
 
-    def encode(self, texts, *, instruction="", max_length=None, batch_size=64, show_progress_bar=False):
-        self.calls.append((list(texts), instruction, max_length))
+    def encode(self, inputs, prompt_name=None, prompt=None, batch_size=64, show_progress_bar=False, max_length=None):
+        texts = list(inputs)
+        self.calls.append((texts, prompt if prompt is not None else self.prompts.get(prompt_name, ""), max_length))
         counts = np.array([[t.split().count(w) for w in self.words] for t in texts], np.float32).reshape(len(texts), -1)
         return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
 
-    def encode_query(self, texts, **options):
-        return self.encode(texts, **options)
+    def encode_query(self, inputs, prompt_name="query", prompt=None, **options):
+        return self.encode(inputs, prompt_name, prompt, **options)
 
-    def encode_document(self, texts, **options):
-        return self.encode(texts, **options)
+    def encode_document(self, inputs, prompt_name="document", prompt=None, **options):
+        return self.encode(inputs, prompt_name, prompt, **options)

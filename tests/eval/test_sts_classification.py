@@ -71,7 +71,7 @@ def test_separable_classes_are_learnt_and_f1_is_macro(tmp_path):
     figures = evaluate(encoder, config.Evaluation("e", "classification", paths[1], train_path=paths[0], instruction="Name the colour"))
     # red 3/3 and precision 1, blue 1/1 and precision 1/2, green never predicted
     assert figures["accuracy"] == pytest.approx(4 / 5) and figures["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert [c[1] for c in encoder.calls] == ["Name the colour"]
+    assert [c[1] for c in encoder.calls] == ["Instruct: Name the colour\nQuery: "]
 
 
 def test_draws_are_balanced_without_repetition_and_repeatable():

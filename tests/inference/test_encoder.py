@@ -71,7 +71,7 @@ def test_rounds_are_joined_in_order(encoder, monkeypatch):
 
 
 def test_an_instruction_is_read_and_not_pooled(encoder):
-    vector = encoder.encode_query(["read file"], instruction="Find it", batch_size=4)[0]
+    vector = encoder.encode_query(["read file"], prompt="Instruct: Find it\nQuery: ", batch_size=4)[0]
     np.testing.assert_allclose(vector, alone(encoder, "read file", "Find it"), atol=1e-5)
     assert np.abs(vector - encoder.encode_document(["read file"], batch_size=4)[0]).max() > 1e-3
 
@@ -97,7 +97,7 @@ def test_many_lengths_compile_few_programs(encoder):
     before = encoder_module._embed._cache_size()
     for seed in range(3):
         encoder.encode(texts(40 + seed, seed=seed), batch_size=5)
-        encoder.encode(texts(40 + seed, seed=seed), batch_size=5, instruction="Find it")
+        encoder.encode(texts(40 + seed, seed=seed), batch_size=5, prompt="Instruct: Find it\nQuery: ")
     assert encoder_module._embed._cache_size() - before <= 3  # rows of 16, 32 and 64 tokens
 
 
