@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from conan_jax.config.checks import check, positive
 
@@ -81,21 +81,44 @@ class Task:
         positive(self, "global_batch_size", "weight", "num_negatives")
 
 
+EvaluationKind = Literal["retrieval", "sts", "classification", "clustering", "bitext", "mkqa"]
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """A held-out set, scored after every stage.
+    """A held-out set, scored after every stage of a recipe, or by `conan eval`.
 
     `retrieval`: `path` is a BEIR folder (corpus.jsonl[.gz], queries.jsonl[.gz], qrels/SPLIT.tsv).
-    `sts`: `path` is a file of sentence1, sentence2, score. `classification`: `path` is a test file of text,
-    label and `train_path` its training file. `main=True` marks the set whose figures stand in summary.json.
+    `mkqa`: `path` is a folder of corpus.jsonl[.gz] and mkqa.jsonl[.gz] (see `eval.mkqa`).
+    `sts`: `path` is a file of sentence1, sentence2, score. `bitext`: of sentence1, sentence2.
+    `classification`: of text, label, with `train_path` its training file. `clustering`: of text, label.
+    Records of a file may carry `lang`; each language is then a set of its own, and the figures are means over languages.
+
+    Texts (queries of the two searches) are read after the prompt made of `instruction`, or after the encoder's prompt called
+    `prompt_name`; with neither they are bare. `max_queries` bounds queries, pairs or test texts, spread evenly over the file;
+    `languages` keeps those alone. Texts are cut to `max_length` tokens, or to what the model knows where that is less.
+    `main=True` marks the set whose figures stand in summary.json.
     """
 
     name: str
-    kind: Literal["retrieval", "sts", "classification"]
+    kind: EvaluationKind
     path: str
     train_path: str | None = None
     split: str = "dev"
     instruction: str = ""
+    prompt_name: str | None = None
     max_queries: int | None = None
     max_length: int = 256
+    languages: tuple[str, ...] = ()
     main: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"evaluation {self.name!r}"
+        check(bool(self.name.strip()), "an evaluation has an empty name")
+        check(self.kind in get_args(EvaluationKind), f"{where}: unknown kind {self.kind!r}; use one of {', '.join(get_args(EvaluationKind))}")
+        check(self.kind != "classification" or self.train_path is not None, f"{where} needs train_path, the labelled texts to learn from")
+        check(self.kind == "classification" or self.train_path is None, f"{where}: only classification has a train_path")
+        check(not self.instruction or self.prompt_name is None, f"{where} has an instruction and a prompt_name; give one of them")
+        check(self.max_queries is None or self.max_queries > 0, f"{where}: max_queries must be positive or null, got {self.max_queries}")
+        check(self.max_length >= 2, f"{where}: max_length must be at least 2, a token and EOS; got {self.max_length}")
+        check(len(set(self.languages)) == len(self.languages), f"{where}: languages repeats one of {', '.join(self.languages)}")

@@ -2,74 +2,106 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from conan_jax import config
-from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import DataError
-from conan_jax.eval.records import read_records
+from conan_jax.eval.languages import Figures, combine, split
+from conan_jax.eval.prompts import prompt_of, usable_length
+from conan_jax.eval.records import Records, keep, read_records, spread
 
 SAMPLES_PER_LABEL = 8
 EXPERIMENTS = 10
 SEED = 42
 
-Figures = dict[str, float]
-
 
 def evaluate_classification(encoder: Any, evaluation: config.Evaluation) -> Figures:
-    """`accuracy` (the MTEB main figure) and macro `f1` on the test file, means over 10 experiments.
+    """`accuracy` (the MTEB main figure), macro and weighted F1, macro precision and recall, means over 10 experiments.
 
     Each experiment draws 8 training texts a label (all where there are fewer) and fits a logistic regression of at most
-    100 iterations. `evaluation.max_queries` bounds the test texts. Raises `DataError` when the training file has fewer than
-    two labels or lacks one of the test labels.
+    100 iterations; draws are MTEB's own. Each language learns from the training texts of its own, or from all of them where
+    the training file says no languages. `evaluation.max_queries` bounds the test texts.
+    Raises `DataError` when the training texts have fewer than two labels or lack one of the test labels.
     """
-    if evaluation.train_path is None:
-        raise DataError(f"evaluation {evaluation.name!r} needs train_path, the labelled texts to learn from")
-    train = read_records(evaluation.train_path, "labelled")
-    test = read_records(evaluation.path, "labelled", evaluation.max_queries)
-    names = sorted({r["label"] for r in train})
-    unknown = sorted({r["label"] for r in test} - set(names))
-    if unknown or len(names) < 2:
-        raise DataError(f"{evaluation.train_path} has {len(names)} labels, and lacks {unknown[:5]} of {evaluation.path}; "
-                        "at least two labels and all of the test's are needed")
-    number = {name: i for i, name in enumerate(names)}
-    train_labels, test_labels = (np.array([number[r["label"]] for r in part]) for part in (train, test))
+    assert evaluation.train_path is not None
+    every = read_records(evaluation.train_path, "labelled")
+    tests = split(spread(keep(read_records(evaluation.path, "labelled"), evaluation.languages, evaluation.path), evaluation.max_queries))
+    spoken = split(every)
+    trains = {language: every if set(spoken) == {""} else spoken.get(language, []) for language in tests}
+    number = {name: i for i, name in enumerate(sorted({r["label"] for r in every}))}
+    for language, test in tests.items():
+        _check_labels(evaluation, language, trains[language], test)
+    draws = {language: sample([r["label"] for r in train], SAMPLES_PER_LABEL, EXPERIMENTS, SEED) for language, train in trains.items()}
 
-    draws = sample(train_labels, SAMPLES_PER_LABEL, EXPERIMENTS, SEED)
-    used = np.unique(np.concatenate(draws))  # only what is drawn is encoded
-    texts = [train[i]["text"] for i in used] + [r["text"] for r in test]
-    vectors = encoder.encode(texts, prompt=query_prompt(evaluation.instruction), max_length=evaluation.max_length)
-    place = {int(row): i for i, row in enumerate(used)}
-    results = [
-        fit_and_score(vectors[[place[int(i)] for i in draw]], train_labels[draw], vectors[len(used) :], test_labels) for draw in draws
-    ]
-    return {name: float(np.mean([r[name] for r in results])) for name in ("accuracy", "f1")}
+    texts: list[str] = []  # only what is drawn is encoded
+    place: dict[str, dict[int, int]] = {}
+    for language, train in trains.items():
+        used = sorted({row for draw in draws[language] for row in draw})
+        place[language] = {row: len(texts) + i for i, row in enumerate(used)}
+        texts += [train[row]["text"] for row in used]
+    start = len(texts)
+    texts += [r["text"] for test in tests.values() for r in test]
+    vectors = encoder.encode(texts, prompt=prompt_of(encoder, evaluation), max_length=usable_length(encoder, evaluation))
+
+    figures = {}
+    for language, test in tests.items():
+        rows, train = place[language], trains[language]
+        gold = np.array([number[r["label"]] for r in test])
+        results = [
+            fit_and_score(vectors[[rows[i] for i in draw]], np.array([number[train[i]["label"]] for i in draw]),
+                          vectors[start : start + len(test)], gold)
+            for draw in draws[language]
+        ]
+        figures[language] = {name: float(np.mean([r[name] for r in results])) for name in results[0]}
+        start += len(test)
+    return combine(figures)
 
 
-def sample(labels: Int[np.ndarray, "N"], per_label: int, experiments: int, seed: int) -> list[Int[np.ndarray, "n"]]:
-    """For each experiment, row numbers of `per_label` examples of each label, without repetition."""
-    rng = np.random.default_rng(seed)
+def sample(labels: Sequence[Any], per_label: int, experiments: int, seed: int) -> list[list[int]]:
+    """For each experiment, row numbers of `per_label` examples of each label, without repetition.
+
+    MTEB shuffles one order again and again, each time by a fresh generator of the same seed, and takes the first of each label.
+    """
+    order = list(range(len(labels)))
     draws = []
     for _ in range(experiments):
-        order = rng.permutation(len(labels))
-        draws.append(np.concatenate([order[labels[order] == label][:per_label] for label in np.unique(labels)]))
+        np.random.RandomState(seed).shuffle(order)
+        taken: dict[Any, list[int]] = {}
+        draw = []
+        for row in order:
+            mates = taken.setdefault(labels[row], [])
+            if len(mates) < per_label:
+                mates.append(row)
+                draw.append(row)
+        draws.append(draw)
     return draws
 
 
 def fit_and_score(
     train: Float[np.ndarray, "n D"], train_labels: Int[np.ndarray, "n"], test: Float[np.ndarray, "m D"], test_labels: Int[np.ndarray, "m"]
 ) -> Figures:
-    """Accuracy and macro F1 on the test rows of a logistic regression fitted to the training rows."""
-    import warnings
-
+    """Figures on the test rows of a logistic regression fitted to the training rows."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 100 iterations are the definition
         predicted = LogisticRegression(max_iter=100, random_state=SEED).fit(train, train_labels).predict(test)
-    return {"accuracy": float(accuracy_score(test_labels, predicted)), "f1": float(f1_score(test_labels, predicted, average="macro"))}
+    precision, recall, f1, _ = precision_recall_fscore_support(test_labels, predicted, average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(test_labels, predicted)), "f1": float(f1),
+            "f1_weighted": float(f1_score(test_labels, predicted, average="weighted", zero_division=0)),
+            "precision": float(precision), "recall": float(recall)}
+
+
+def _check_labels(evaluation: config.Evaluation, language: str, train: Records, test: Records) -> None:
+    known = {r["label"] for r in train}
+    unknown = sorted({r["label"] for r in test} - known)
+    if unknown or len(known) < 2:
+        raise DataError(f"{evaluation.train_path} has {len(known)} labels{f' in {language}' if language else ''}, and lacks {unknown[:5]} of "
+                        f"{evaluation.path}; at least two labels and all of the test's are needed")

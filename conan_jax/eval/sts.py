@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from conan_jax import config
-from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import DataError
+from conan_jax.eval.languages import Figures, combine, split
+from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import read_records
-
-Figures = dict[str, float]
 
 
 def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
     """`spearman` (the MTEB main figure) and `pearson` of cos(sentence1, sentence2) against the gold scores.
 
-    Raises `DataError` when there are fewer than two pairs or all gold scores are equal: no correlation exists then.
+    Raises `DataError` for a language with fewer than two pairs or equal gold scores: no correlation exists then.
     """
+    parts = split(read_records(evaluation.path, "sts", evaluation.max_queries, evaluation.languages))
+    for language, part in parts.items():
+        different = len({r["score"] for r in part})
+        if different < 2:
+            raise DataError(f"{evaluation.path} has {len(part)} pairs with {different} different scores{f' in {language}' if language else ''}; "
+                            "a correlation needs at least two of each")
+    ordered = [r for part in parts.values() for r in part]
+    vectors = encoder.encode([r["sentence1"] for r in ordered] + [r["sentence2"] for r in ordered],
+                             prompt=prompt_of(encoder, evaluation), max_length=usable_length(encoder, evaluation)).astype(np.float64)
+    cosine = np.sum(vectors[: len(ordered)] * vectors[len(ordered) :], axis=1)
+    figures, start = {}, 0
+    for language, part in parts.items():
+        figures[language] = correlations(cosine[start : start + len(part)], [r["score"] for r in part])
+        start += len(part)
+    return combine(figures)
+
+
+def correlations(cosine: Float[np.ndarray, "N"], gold: Sequence[float]) -> Figures:
+    """Spearman's and Pearson's; 0 for a model that answers alike for every pair, which ranks nothing."""
     from scipy.stats import pearsonr, spearmanr
 
-    records = read_records(evaluation.path, "sts", evaluation.max_queries)
-    gold = np.array([r["score"] for r in records], np.float64)
-    if len(gold) < 2 or np.ptp(gold) == 0:
-        raise DataError(f"{evaluation.path} has {len(gold)} pairs with {len(set(gold))} different scores; "
-                        "a correlation needs at least two of each")
-    texts = [r["sentence1"] for r in records] + [r["sentence2"] for r in records]
-    vectors = encoder.encode(texts, prompt=query_prompt(evaluation.instruction), max_length=evaluation.max_length).astype(np.float64)
-    left, right = vectors[: len(records)], vectors[len(records) :]
-    cosine = np.sum(left * right, axis=1)
-    if np.ptp(cosine) == 0:  # a model that answers alike for every pair ranks nothing
+    if np.ptp(cosine) == 0:
         return {"spearman": 0.0, "pearson": 0.0}
     return {"spearman": float(spearmanr(cosine, gold).statistic), "pearson": float(pearsonr(cosine, gold).statistic)}
