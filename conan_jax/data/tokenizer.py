@@ -77,6 +77,11 @@ class Tokenizer:
                                 "copy it anew or train it again")
         return tokenizer
 
+    @property
+    def model_bytes(self) -> bytes:
+        """The content of the model file."""
+        return self._model
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special ids. Raises `DataError` for a lone surrogate, which is not valid Unicode."""
         return self.encode_batch([text])[0]
