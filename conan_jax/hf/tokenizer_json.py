@@ -29,8 +29,8 @@ _START = r"(?<![\s\S])"  # of the text; `^` is the start of a line to one regex 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
-def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = ()) -> dict[str, Any]:
-    """The content of `tokenizer.json`: the ids of `tokenizer.encode`, then EOS.
+def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = (), add_eos: bool = True) -> dict[str, Any]:
+    """The content of `tokenizer.json`: the ids of `tokenizer.encode`, then EOS unless `add_eos` is false (a text to be continued).
 
     A query is trained as the ids of its prompt followed by those of its text. Readers of this file join prompt and text first, so
     a text that begins with "Instruct: ...\\nQuery: ", or with one of `prompts`, is cut there before anything is merged.
@@ -43,7 +43,6 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = ()) -> dict[st
     vocab = {piece.piece.replace(_SPACE, " ") if piece.type == _Piece.NORMAL else piece.piece: i for i, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
         raise DataError("the tokenizer has a piece with a space of its own beside U+2581, which cannot be told apart; train it again")
-    eos = model.pieces[EOS].piece
     return {
         "version": "1.0",
         "truncation": None,
@@ -51,13 +50,7 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = ()) -> dict[st
         "added_tokens": [],
         "normalizer": None,
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": _prompt_pattern(prompts)}, "behavior": "Isolated", "invert": False},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}},
-                     {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": eos, "type_id": 1}}],
-            "special_tokens": {eos: {"id": eos, "ids": [EOS], "tokens": [eos]}},
-        },
+        "post_processor": _ends(model.pieces[EOS].piece) if add_eos else None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": model.pieces[UNK].piece, "continuing_subword_prefix": None,
@@ -80,6 +73,13 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
         "model_max_length": max_length, "padding_side": "right", "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, "split_special_tokens": True,
     }
+
+
+def _ends(eos: str) -> dict[str, Any]:
+    """EOS after every text; when a text is cut to a length, it keeps its place."""
+    text, pair = ([{"Sequence": {"id": name, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}] for i, name in enumerate("AB"))
+    return {"type": "TemplateProcessing", "single": text, "pair": text + pair,
+            "special_tokens": {eos: {"id": eos, "ids": [EOS], "tokens": [eos]}}}
 
 
 def _prompt_pattern(prompts: Iterable[str]) -> str:

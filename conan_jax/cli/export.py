@@ -1,0 +1,46 @@
+"""`conan export`: a trained stage as a folder for PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+
+def export(
+    run: Path = typer.Argument(..., help="The folder of a run, or of one of its stages."),
+    out: Path = typer.Argument(..., help="The folder to write; it appears whole or not at all."),
+    stage: str | None = typer.Option(None, "--stage", help="Which stage; default: the last that was trained."),
+    step: int | None = typer.Option(None, "--step", min=1, help="Which of its checkpoints; default: the newest."),
+    dtype: str = typer.Option("float32", "--dtype", help="float32 or bfloat16: the dtype of the weights in the file."),
+    force: bool = typer.Option(False, "--force", help="Replace an export that is there."),
+    as_json: bool = typer.Option(False, "--json", help="Print what conan.json says."),
+) -> None:
+    """Write a trained model as a folder that sentence-transformers and transformers load, without remote code.
+
+    A stage of pretraining or fine-tuning becomes a causal language model, every other one a text embedder. Nothing here needs torch.
+
+    Examples:
+
+        conan export runs/demo exports/demo
+
+        conan export runs/demo exports/demo-bf16 --dtype bfloat16
+
+        conan export runs/demo exports/lm --stage pretrain
+
+        conan verify exports/demo
+    """
+    from conan_jax.export.folder import export as write
+
+    described = write(run, out, stage=stage, step=step, dtype=dtype, force=force)
+    if as_json:
+        typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+        return
+    what = "a causal language model" if described["kind"] == "causal" else "a text embedder"
+    identity = described["identity"]
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    Console(soft_wrap=True).print(f"[bold]{out}[/bold]: {what}, {identity['run']} {identity['stage']} step {identity['step']}, "
+                                  f"{described['architecture']}, {described['dtype']}, {size / 1e6:,.1f} MB. Check it with "
+                                  f"[bold]conan verify {out}[/bold]", highlight=False)

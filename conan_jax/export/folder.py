@@ -1,0 +1,186 @@
+"""A run's weights as a folder that sentence-transformers and transformers load with their stock classes, and no remote code.
+
+An embedder: config.json (bidirectional through flags), model.safetensors, tokenizer.json, the modules of sentence-transformers
+(mean or last-token pooling without the prompt, unit length), its prompts. A language model, of a causal stage: config.json,
+generation_config.json, model.safetensors, tokenizer.json.
+
+Both keep what conan_jax reads (`conan.json`, `tokenizer.model`), texts with the vectors they must give (`check.json`), the sha256
+of every file (`manifest.json`) and a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conan_jax import __version__, config
+from conan_jax.config_io import to_dict
+from conan_jax.data.tokenizer import MODEL_FILE, Tokenizer
+from conan_jax.errors import ConfigError, DataError
+from conan_jax.export import card, check_vector, manifest
+from conan_jax.export.source import Source, open_source
+from conan_jax.files import write_file, write_json
+from conan_jax.hf.architectures import architecture_of, to_hf_config
+from conan_jax.hf.tokenizer_json import tokenizer_config, tokenizer_json
+from conan_jax.hf.weights import from_tensors, read_tensors, to_tensors, write_safetensors
+from conan_jax.inference.encoder import DEFAULT_MAX_LENGTH
+
+OURS = "conan.json"
+FORMAT = 1
+DTYPES = ("float32", "bfloat16")
+TRANSFORMERS, SENTENCE_TRANSFORMERS = "5.2.0", "5.2.0"  # the first that read `is_causal: false`, and those made for them
+
+
+def export(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, stage: str | None = None, step: int | None = None,
+    dtype: str = "float32", force: bool = False,
+) -> dict[str, Any]:
+    """Write one step of a run to `out`, whole or not at all; returns what `conan.json` says.
+
+    Args:
+        run: the folder of a run, or of one of its stages.
+        stage, step: default: the newest step of the last stage that was trained.
+        dtype: of the weights in the file.
+        force: replace an export that is there.
+
+    Raises:
+        ConfigError: no form for this model that stock code computes, an unknown dtype, or something stands at `out`.
+        CheckpointError: there is no such step, or it is damaged.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}")
+    out = Path(out)
+    _refuse_taken(out, force)
+    source = open_source(run, stage, step)
+    model = exported_model(source)
+    with _whole_or_not_at_all(out) as folder:
+        write_safetensors(folder, to_tensors(source.params, source.run.model, dtype=dtype, causal=source.causal))
+        ours = _describe(source, model, dtype)
+        write_json(folder / OURS, ours)
+        write_json(folder / "config.json", _hf_config(source, model, dtype))
+        _write_tokenizer(folder, source, model)
+        if source.causal:
+            write_json(folder / "generation_config.json", _generation_config(source))
+        else:
+            _write_modules(folder, source, model)
+        # Of what was written, not of what was in memory: a check of the names and of the rounding as well.
+        params = from_tensors(read_tensors(folder), model, str(folder))
+        check = check_vector.make(params, model, source.tokenizer, source.prompts, source.causal)
+        write_file(folder / "check.json", json.dumps(check, ensure_ascii=False) + "\n")
+        write_file(folder / "README.md", card.render(source, ours))
+        manifest.write(folder)
+    return ours
+
+
+def exported_model(source: Source) -> config.Model:
+    """The configuration that reads the folder: the multiplier of the embeddings is in their table, and no head is there to be untied."""
+    model = source.run.model
+    tied = not source.causal or (model.tie_word_embeddings and model.embedding_multiplier == 1)
+    return replace(model, embedding_multiplier=1.0, tie_word_embeddings=tied, hidden_dropout=0.0)
+
+
+def max_length(model: config.Model) -> int:
+    """Tokens a text is cut to unless the user says otherwise; as `Encoder`."""
+    return min(DEFAULT_MAX_LENGTH, model.max_length)
+
+
+def _describe(source: Source, model: config.Model, dtype: str) -> dict[str, Any]:
+    identity = source.identity if dtype == "float32" else {**source.identity, "dtype": dtype}
+    return {
+        "format": FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder",
+        "architecture": architecture_of(model), "dtype": dtype, "mask": "causal" if source.causal else "bidirectional",
+        "model": to_dict(model), "identity": identity, "prompts": source.prompts, "max_length": max_length(model),
+        "dims": truncations(source),
+    }
+
+
+def truncations(source: Source) -> list[int]:
+    """Widths the stage was trained to be cut to, rising, the full one last (METHODS 1.6)."""
+    matryoshka = getattr(source.stage, "matryoshka", config.Matryoshka())
+    return sorted({*matryoshka.dims, source.run.model.hidden_size})
+
+
+def _hf_config(source: Source, model: config.Model, dtype: str) -> dict[str, Any]:
+    tokenizer = source.tokenizer
+    written = to_hf_config(model, causal=source.causal, is_causal=source.causal, dtype=dtype, pad_token_id=tokenizer.pad_id,
+                           bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    return {**written, "transformers_version": TRANSFORMERS}
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    tokenizer = source.tokenizer
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": False,
+            "transformers_version": TRANSFORMERS}
+
+
+def _write_tokenizer(folder: Path, source: Source, model: config.Model) -> None:
+    tokenizer = source.tokenizer
+    if not isinstance(tokenizer, Tokenizer):  # imported: its own files say it best
+        tokenizer.save(folder)
+        return
+    write_file(folder / MODEL_FILE, tokenizer.model_bytes)
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, source.prompts.values(), add_eos=not source.causal))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.max_length))
+
+
+def _write_modules(folder: Path, source: Source, model: config.Model) -> None:
+    """What sentence-transformers reads, in the spelling of version 5 and in the one before it."""
+    kinds = ("Transformer", "Pooling", "Normalize")
+    write_json(folder / "modules.json", [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)])
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length(model), "do_lower_case": False})
+    chosen = {"mean": "mean_tokens", "last": "lasttoken"}[model.pooling]
+    legacy = {f"pooling_mode_{kind}": kind == chosen for kind in
+              ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
+    write_json(folder / "1_Pooling" / "config.json", {
+        "word_embedding_dimension": model.hidden_size, **legacy, "pooling_mode": {"mean": "mean", "last": "lasttoken"}[model.pooling],
+        "include_prompt": False})
+    (folder / "2_Normalize").mkdir()
+    write_json(folder / "config_sentence_transformers.json", {
+        "model_type": "SentenceTransformer",
+        "__version__": {"sentence_transformers": SENTENCE_TRANSFORMERS, "transformers": TRANSFORMERS},
+        "prompts": source.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
+
+
+def _refuse_taken(out: Path, force: bool) -> None:
+    """Only an export, or an empty folder, ever gives way."""
+    if not os.path.lexists(out):
+        place = next(path for path in out.absolute().parents if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"cannot write in {place}; name another folder for the export")
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ConfigError(f"{out} is not a folder; name another one for the export, or move it away")
+    if not any(out.iterdir()):
+        return
+    if not (out / OURS).is_file():
+        raise ConfigError(f"{out} holds files that are no export of `conan export`; name another folder")
+    if not force:
+        raise ConfigError(f"{out} holds an export already; replace it with --force, or name another folder")
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    partial, old = (out.with_name(f".{out.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    except OSError as error:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room and that the folder may be "
+                        "written") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

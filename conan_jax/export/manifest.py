@@ -1,0 +1,46 @@
+"""sha256 of every file of an export, written last: what was copied badly or changed since is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conan_jax.data.manifest import sha256_of
+from conan_jax.errors import DataError
+from conan_jax.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def write(folder: Path) -> None:
+    """List every file below `folder` with its bytes and sha256."""
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in _files(folder)}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
+
+
+def check(folder: Path) -> int:
+    """Compare every file with the manifest; returns their number. Files that the manifest does not list are let be.
+
+    Raises `DataError` naming the first file that is missing or not as it was written, or a manifest that cannot be read.
+    """
+    listed = read_json(folder / MANIFEST, {})
+    if listed.get("format") != FORMAT or not isinstance(listed.get("files"), dict) or not listed["files"]:
+        what = f"is not of format {FORMAT}" if listed else "is missing"
+        raise DataError(f"{folder / MANIFEST} {what}, so {folder} is no export of `conan export`, or not all of it was copied")
+    advice = f"copy {folder} anew, or export the run again with --force"
+    for name, recorded in listed["files"].items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{folder / MANIFEST} lists {name!r}, which lies outside of the export; {advice}")
+        if not path.is_file():
+            raise DataError(f"{path} is missing; {advice}")
+        if path.stat().st_size != recorded["bytes"]:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes and {MANIFEST} says {recorded['bytes']:,}; {advice}")
+        if (found := sha256_of(path)) != recorded["sha256"]:
+            raise DataError(f"{path} is not as it was exported: its sha256 begins {found[:12]}, "
+                            f"{MANIFEST} says {recorded['sha256'][:12]}; {advice}")
+    return len(listed["files"])
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -1,0 +1,92 @@
+"""What is exported: one step of one stage of a run, with its tokenizer and the mask it was trained under."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from conan_jax import config, config_io
+from conan_jax.errors import CheckpointError, ConfigError
+from conan_jax.files import read_json
+from conan_jax.inference.encoder import Encoder
+from conan_jax.model import Causal, Embedder
+from conan_jax.model.pooling import POOLINGS
+from conan_jax.stages import make_stage
+from conan_jax.train import checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """`params` is the Embedder's tree; `causal`: to be written as a language model."""
+
+    folder: Path  # of the run
+    run: config.Run
+    stage: config.Stage
+    step: int
+    params: Any
+    tokenizer: Any
+    prompts: dict[str, str]
+    causal: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As `Encoder.identity`: an index made with the run can be asked with the export."""
+        return {"tokenizer_sha256": self.tokenizer.sha256, "run": self.run.name, "stage": self.stage.name, "step": self.step}
+
+
+def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: int | None = None) -> Source:
+    """The step `step` (default: the newest) of the stage called `stage` (default: the last that was trained) of a run.
+
+    `folder` is that of a run, or of one of its stages.
+
+    Raises:
+        CheckpointError: there is no such step, or it is damaged.
+        ConfigError: the model has no form that PyTorch users can load: an unfinished mask, or a pooling of its own.
+    """
+    folder = Path(folder)
+    place = _stage_folder(folder, stage)
+    encoder = Encoder.load(place)
+    newest = encoder.identity["step"]
+    metadata = checkpoint.read_metadata(place, step)
+    run = config_io.from_dict(metadata["config"])
+    stage_config = run.stage(metadata["stage"])
+    params = encoder.params if metadata["step"] == newest else checkpoint.restore_params(place, metadata["step"])
+    mask = make_stage(stage_config, Embedder(run.model)).mask(metadata["step"])
+    causal = isinstance(mask, Causal)
+    if not causal:
+        _refuse_unfinished_mask(mask, stage_config, metadata["step"])
+        _refuse_pooling(run.model)
+    return Source(place.parent if (place.parent / "config.json").is_file() else place, run, stage_config, metadata["step"], params,
+                  encoder.tokenizer, encoder.prompts, causal)
+
+
+def _stage_folder(folder: Path, stage: str | None) -> Path:
+    if stage is None:
+        return folder
+    if (folder / stage).is_dir() and checkpoint.latest_step(folder / stage) is not None:
+        return folder / stage
+    known = read_json(folder / "config.json")
+    if known is None:
+        raise CheckpointError(f"{folder} is no run: it has no config.json; name the folder that `conan train` wrote")
+    config_io.from_dict(known).stage(stage)  # names the stages there are
+    raise CheckpointError(f"stage {stage!r} of {folder} has no complete checkpoint; train it first, or leave --stage out")
+
+
+def _refuse_unfinished_mask(mask: Any, stage: config.Stage, step: int) -> None:
+    lowest = float(mask.weights(jnp.arange(2), jnp.array([2, 2])).min())  # M is smallest at the last token, whatever the length
+    if lowest >= 1:
+        return
+    raise ConfigError(
+        f"at step {step} of {stage.steps} the stage {stage.name!r} attends through a mask between causal and bidirectional (it gives "
+        f"the last token a weight of {lowest:.3g}), which no stock architecture has. Finish the stage (`conan train` goes on where it "
+        "stopped), train the stage after it, or name a stage that is complete with --stage")
+
+
+def _refuse_pooling(model: config.Model) -> None:
+    if model.pooling not in POOLINGS:
+        raise ConfigError(f"model.pooling {model.pooling!r} has no counterpart in sentence-transformers without remote code; "
+                          f"train with {' or '.join(repr(name) for name in POOLINGS)} to export")
