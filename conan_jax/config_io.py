@@ -172,6 +172,10 @@ def build(annotation: Any, value: Any, path: str) -> Any:
         return _build_dataclass(annotation, value, path)
     if origin in (typing.Union, types.UnionType):
         choices = [a for a in args if dataclasses.is_dataclass(a)]
+        if value is None and types.NoneType in args:
+            return None
+        if len(choices) == 1:
+            return _build_dataclass(choices[0], value, path)
         if choices:
             return _build_dataclass(_stage_class(choices, value, path), value, path)
     if origin is tuple and args[-1] is Ellipsis:

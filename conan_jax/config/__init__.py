@@ -6,7 +6,7 @@ Rendering, `--set` overrides and loading of `configs/*.py` live in `conan_jax.co
 """
 
 from conan_jax.config.data import Bucket, Dataset, Evaluation, Mix, RecordKind, Task
-from conan_jax.config.model import Model, Tokenizer
+from conan_jax.config.model import Model, RopeScaling, Tokenizer
 from conan_jax.config.objectives import Contrastive, HardNegatives, Matryoshka, SoftMask
 from conan_jax.config.run import Run
 from conan_jax.config.stages import AnyStage, CustomStage, LMStage, Stage, SupervisedStage, WeakStage
@@ -14,5 +14,5 @@ from conan_jax.config.training import Mesh, Optimizer
 
 __all__ = [
     "AnyStage", "Bucket", "Contrastive", "CustomStage", "Dataset", "Evaluation", "HardNegatives", "LMStage", "Matryoshka", "Mesh", "Mix",
-    "Model", "Optimizer", "RecordKind", "Run", "SoftMask", "Stage", "SupervisedStage", "Task", "Tokenizer", "WeakStage",
+    "Model", "Optimizer", "RecordKind", "RopeScaling", "Run", "SoftMask", "Stage", "SupervisedStage", "Task", "Tokenizer", "WeakStage",
 ]

@@ -18,12 +18,14 @@ SAVE_SECONDS = 30  # to end the step in hand, agree, and write what is small: as
 def parameters(model: config.Model) -> int:
     """Parameters of a built-in model: V D + layers (2 D + 2 D H C + 2 D K C + 3 D F + 2 C if qk_norm) + D (METHODS 1.1).
 
-    A pooling from outside may own more.
+    Biases add (H + 2 K) C and D a layer, an output table of its own V D. A pooling from outside may own more.
     """
     d, c = model.hidden_size, model.head_dim
     attention = 2 * d * c * (model.num_heads + model.num_kv_heads) + (2 * c if model.qk_norm else 0)
-    layer = 2 * d + attention + 3 * d * model.intermediate_size
-    return model.vocab_size * d + model.num_layers * layer + d
+    biases = model.attention_bias * c * (model.num_heads + 2 * model.num_kv_heads) + model.attention_output_bias * d
+    layer = 2 * d + attention + biases + 3 * d * model.intermediate_size
+    tables = 1 if model.tie_word_embeddings else 2
+    return tables * model.vocab_size * d + model.num_layers * layer + d
 
 
 @dataclass(frozen=True)

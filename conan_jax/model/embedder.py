@@ -66,8 +66,8 @@ class Embedder:
         return self._module.apply({"params": params}, inputs, layout, mask, self._keys(rng), method="hidden")
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Next-token scores h E^T through the tied table, float32."""
-        table = params["embedding"].astype(hidden.dtype)
+        """Next-token scores h E^T through the `output_table` E, float32."""
+        table = self.output_table(params).astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def embed(
@@ -83,9 +83,9 @@ class Embedder:
         b = text_batch
         return self._module.apply({"params": params}, b["tokens"], b["lengths"], b["prompt_lengths"], mask, self._keys(rng), method="embed")
 
-    def embedding_table(self, params: Params) -> Float[Array, "V D"]:
-        """The tied token embeddings, float32."""
-        return params["embedding"]
+    def output_table(self, params: Params) -> Float[Array, "V D"]:
+        """What logits are made with, float32: the token embeddings, or the table of its own of a model that is not tied."""
+        return params["embedding" if self.config.tie_word_embeddings else "output_embedding"]
 
     def _keys(self, rng: Key[Array, " B"] | None) -> Key[Array, " B"] | None:
         return rng if self.config.hidden_dropout else None

@@ -19,17 +19,22 @@ from conan_jax.model.softmask import Mask
 
 
 class Linear(nn.Module):
-    """y = x W without bias. W is float32 [in, out], cast to the dtype of `x`. All seven maps of a block are this one class."""
+    """y = x W, or x W + b. W is float32 [in, out], cast to the dtype of `x`. All seven maps of a block are this one class."""
 
     features: int
     axes: tuple[str, str]
     stddev: float
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return x @ kernel.astype(x.dtype)
+        y = x @ kernel.astype(x.dtype)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -45,9 +50,19 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def rope_tables(positions: Int[Array, "B L"], head_dim: int, theta: float) -> tuple[Float[Array, "B L C"], Float[Array, "B L C"]]:
-    """cos and sin of position * theta^(-2c/C), c = 0 .. C/2-1, written twice side by side; float32."""
+def rope_tables(
+    positions: Int[Array, "B L"], head_dim: int, theta: float, scaling: config.RopeScaling | None = None
+) -> tuple[Float[Array, "B L C"], Float[Array, "B L C"]]:
+    """cos and sin of position * f_c with f_c = theta^(-2c/C), c = 0 .. C/2-1, written twice side by side; float32.
+
+    With `scaling` (the rule published with Llama 3.1): of wavelength w = 2 pi / f and O = original_max_position_embeddings,
+    f becomes s f + (1 - s) f / factor with s = clip((O / w - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1).
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+        kept = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
@@ -72,14 +87,14 @@ class SelfAttention(nn.Module):
         heads = {"q": (c.num_heads, "heads"), "k": (c.num_kv_heads, "kv_heads"), "v": (c.num_kv_heads, "kv_heads")}
         parts = {}
         for name, (n, axis) in heads.items():
-            y = Linear(n * c.head_dim, ("embed", axis), c.initializer_range, name=f"{name}_proj")(x)
+            y = Linear(n * c.head_dim, ("embed", axis), c.initializer_range, c.attention_bias, name=f"{name}_proj")(x)
             y = constrain(y.reshape(B, L, n, c.head_dim), "batch", "length", axis, None)
             if c.qk_norm and name != "v":
                 y = RMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y)
             parts[name] = y if name == "v" else apply_rope(y, *rope)
         out = attention(parts["q"], parts["k"], parts["v"], mask, layout, implementation=c.attention, block_size=c.attention_block_size)
         out = constrain(out, "batch", "length", "heads", None).reshape(*x.shape[:-1], -1)
-        return Linear(c.hidden_size, ("heads", "embed"), residual_stddev(c), name="o_proj")(out)
+        return Linear(c.hidden_size, ("heads", "embed"), residual_stddev(c), c.attention_output_bias, name="o_proj")(out)
 
 
 class SwiGLU(nn.Module):

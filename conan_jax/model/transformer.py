@@ -47,6 +47,8 @@ class Decoder(nn.Module):
         stddev = c.embedding_initializer_range or c.initializer_range
         init = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
+        if not c.tie_word_embeddings:
+            self.param("output_embedding", init, (c.vocab_size, c.hidden_size), jnp.float32)
         # Unrolling inside the scan keeps one parameter tree, [layers, ...], whatever `scan_layers` says.
         self.layers = nn.scan(
             _rematerialised(Block, c),
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
             x = look_up(self.embedding, inputs, lambda rows: (rows * c.embedding_multiplier).astype(c.compute_dtype))
         else:
             x = inputs
-        rope = rope_tables(layout.positions, c.head_dim, c.rope_theta)
+        rope = rope_tables(layout.positions, c.head_dim, c.rope_theta, c.rope_scaling)
         if keys is not None:
             keys = jax.vmap(lambda layer: jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys))(jnp.arange(c.num_layers))
         x, _ = self.layers(x.reshape(B * L, -1).astype(c.compute_dtype), rope, layout, mask, keys)

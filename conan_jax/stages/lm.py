@@ -57,7 +57,7 @@ class LanguageModel:
         layout = Layout.from_segments(batch["segment_ids"], batch["positions"])
         hidden = self.embedder.hidden(params, tokens, layout, Causal(), row_keys(rng, batch["rows"]))
         return chunked_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), self.embedder.embedding_table(params), jnp.roll(tokens, -1, axis=1).reshape(-1),
+            hidden.reshape(-1, hidden.shape[-1]), self.embedder.output_table(params), jnp.roll(tokens, -1, axis=1).reshape(-1),
             batch["weights"].reshape(-1), self.config.loss_chunk_size, self.config.z_loss, groups=sharding.row_parts())[0]
 
     def init_carry(self, num_examples: Mapping[str, int]) -> Carry:

@@ -127,7 +127,7 @@ def test_looking_tokens_up_in_parts_gives_their_rows_and_the_gradient_of_every_u
 
 def test_ready_embeddings_pass_as_token_ids_do():
     embedder = variant()
-    table = embedder.embedding_table(params_of(embedder))
+    table = embedder.output_table(params_of(embedder))
     np.testing.assert_array_equal(run(embedder, table[TOKENS], FULL, Causal()), run(embedder, TOKENS, FULL, Causal()))
     for inputs in (table[TOKENS][..., :8], TOKENS[:, :4]):
         with pytest.raises(ConfigError, match="shape"):
