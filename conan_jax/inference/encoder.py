@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import itertools
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
-from rich.progress import track
+from jaxtyping import Array, Float, Float32, Num
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from conan_jax import config, config_io
-from conan_jax.data.locations import expand_variables
-from conan_jax.data.tokenizer import Tokenizer
-from conan_jax.errors import CheckpointError, ConfigError, DataError
-from conan_jax.inference.prompts import DOCUMENT, QUERY, prompts_of
+from conan_jax import config
+from conan_jax.errors import ConfigError, DataError
+from conan_jax.inference import buckets
+from conan_jax.inference.forward import Forward
+from conan_jax.inference.load import load, untrained
+from conan_jax.inference.precision import Precision, check_precision, quantize
+from conan_jax.inference.prompts import DOCUMENT, QUERY
 from conan_jax.inference.tokens import prompt_tokens, token_rows
-from conan_jax.model import Bidirectional, Embedder
-from conan_jax.stages import make_stage
-from conan_jax.train import checkpoint
+from conan_jax.model import Bidirectional, Mask
 
 DEFAULT_MAX_LENGTH = 512
-SMALLEST_BUCKET = 16
-TEXTS_PER_ROUND = 8192  # texts that are sorted by length together; bounds the memory of token arrays
+DEFAULT_BATCH_SIZE = 256
+TEXTS_PER_ROUND = 8192  # texts that are sorted by length together; bounds the memory of their tokens
+IN_FLIGHT = 2  # batches handed to the devices and not yet collected
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(embedder: Embedder, params: Any, batch: dict[str, Array], mask: Any) -> Float[Array, "B D"]:
-    return embedder.embed(params, batch, mask)
+# Of a device: the tokens of one batch, and the operations that pass in the time one more program takes to compile. On a CPU small batches
+# stay in its caches.
+TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 65_536, "tpu": 65_536}
+OPERATIONS_PER_PROGRAM = {"cpu": 5e10, "gpu": 5e14, "tpu": 5e14}
 
 
 class Encoder:
     """A trained model with its tokenizer and the attention mask it was trained to use.
 
     Args:
-        params: the Embedder's parameter tree.
+        params: the Embedder's parameter tree. It may lie anywhere; the devices get a copy of their own at the first call.
         model: its configuration.
         tokenizer: the one it was trained with.
         mask: how tokens attend to each other; bidirectional unless the last stage trained says otherwise.
@@ -48,39 +49,29 @@ class Encoder:
     """
 
     def __init__(
-        self, params: Any, model: config.Model, tokenizer: Tokenizer, mask: Any = Bidirectional(), identity: dict[str, Any] | None = None,
-        prompts: dict[str, str] | None = None,
+        self, params: Any, model: config.Model, tokenizer: Any, mask: Mask = Bidirectional(), identity: Mapping[str, Any] | None = None,
+        prompts: Mapping[str, str] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
         self.identity = {"tokenizer_sha256": tokenizer.sha256, **(identity or {})}
-        self.prompts = {QUERY: "", DOCUMENT: "", **(prompts or {})}
-        self._embedder = Embedder(model)
+        self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
+        self._forward = Forward(params, model, mask)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Encoder:
-        """Read the newest weights of a stage folder, or of the last trained stage of a run folder.
+        """Read an export, or the newest weights of a stage folder or of the last trained stage of a run folder.
 
         The tokenizer is looked for in the folder of the run first, so a run may be moved as a whole.
         Raises `CheckpointError` when there is no complete checkpoint or no tokenizer with the recorded sha256.
         """
-        stage_folder = _stage_folder(Path(folder))
-        metadata = checkpoint.read_metadata(stage_folder)
-        run = config_io.from_dict(metadata["config"])
-        stage = run.stage(metadata["stage"])
-        mask = make_stage(stage, Embedder(run.model)).mask(stage.steps)
-        tokenizer = _find_tokenizer(run, stage_folder, metadata["tokenizer_sha256"])
-        identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
-        return cls(checkpoint.restore_params(stage_folder, metadata["step"]), run.model, tokenizer, mask, identity, prompts_of(run))
+        return cls(*load(folder))
 
     @classmethod
-    def untrained(cls, run: config.Run, tokenizer: Tokenizer) -> Encoder:
+    def untrained(cls, run: config.Run, tokenizer: Any) -> Encoder:
         """The model of `run` before its first step, with its first stage's mask at step 0: what training is measured against."""
-        embedder = Embedder(run.model)
-        mask = make_stage(run.stages[0], embedder).mask(0)
-        params = jax.jit(embedder.init)(jax.random.key(run.seed))
-        return cls(params, run.model, tokenizer, mask, {"run": run.name, "stage": "untrained", "step": 0}, prompts_of(run))
+        return cls(*untrained(run, tokenizer))
 
     @property
     def dimension(self) -> int:
@@ -92,138 +83,174 @@ class Encoder:
         inputs: str | Sequence[str],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 64,
-        max_length: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         show_progress_bar: bool = False,
-    ) -> Float32[np.ndarray, "N D"]:
-        """One L2-normalised float32 vector a text, in the order of `texts`; a single string gives [D].
+        precision: Precision = "float32",
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        max_length: int | None = None,
+        ranges: Float[np.ndarray, "2 D"] | None = None,
+    ) -> Num[np.ndarray, "N D"]:
+        """One vector a text, in the order of `inputs`; a single string gives [D].
 
-        A text is cut to `max_length` tokens, prompt and EOS included (default: 512, or less where the model knows less).
-        The model reads `prompt`, or `prompts[prompt_name]`, before the text and pools the text alone (METHODS 1.7). An
-        empty text is its EOS token alone. Texts are sorted into row lengths 16, 32, 64 ... `max_length` with a fixed number of
-        rows, so that at most one program a row length is compiled.
+        Before the text the model reads `prompt`, or `prompts[prompt_name]`; its tokens are attended to and not pooled (METHODS 1.7). An
+        empty text is its EOS token alone, white space and control characters are text, and a lone surrogate, which is none, is
+        read as U+FFFD. Of a text far beyond `max_length` only the beginning is looked at.
 
-        Raises `ConfigError` for a `max_length` the model does not know and `DataError` for a text that is no string.
+        Texts are sorted by length and encoded in few shapes (`inference.buckets`), on all local devices at once. The vector of a text
+        depends on what it is encoded with by rounding alone, 1e-6 in float32.
+
+        Args:
+            batch_size: the most texts a device encodes at once. Batches of long texts are smaller: 4,096 tokens on a CPU, 65,536
+                elsewhere.
+            precision: of the result (`inference.precision`).
+            normalize_embeddings: bring truncated vectors back to length 1. Whole ones have it always, as in an export.
+            truncate_dim: keep this many of the first dimensions (METHODS 1.6).
+            max_length: tokens, prompt and EOS included, at which a text is cut. Default: 512, or less where the model knows less.
+            ranges: lowest and highest value of each kept dimension, for precision int8 and uint8; default: of these vectors.
+
+        Raises:
+            ConfigError: an option outside of what the model can do, or a prompt that is not known or leaves no room.
+            DataError: a text is no string.
         """
         if isinstance(inputs, str):
-            return self.encode([inputs], prompt_name, prompt, batch_size=1, max_length=max_length)[0]
+            return self.encode([inputs], prompt_name, prompt, batch_size, show_progress_bar, precision, normalize_embeddings, truncate_dim,
+                               max_length, ranges)[0]
         texts = list(inputs)
-        prompt = self._prompt(prompt_name, prompt)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"text {i} is {type(text).__name__}, not str: {text!r:.80}")
-        longest = min(DEFAULT_MAX_LENGTH, self.model.max_length) if max_length is None else max_length
-        if not 2 <= longest <= self.model.max_length:
-            raise ConfigError(f"max_length must lie in [2, {self.model.max_length}], what the model knows; got {longest}")
+        check_precision(precision)
+        kept = self._kept(truncate_dim)
+        longest = self.row_length(max_length)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, got {batch_size}")
-        vectors = np.zeros((len(texts), self.dimension), np.float32)
-        rounds = range(0, len(texts), TEXTS_PER_ROUND)
-        for start in track(rounds, "encoding", disable=not show_progress_bar):
-            chosen = texts[start : start + TEXTS_PER_ROUND]
-            vectors[start : start + len(chosen)] = self._encode_round(chosen, prompt, batch_size, longest)
-        return vectors
+        prefix = prompt_tokens(self.tokenizer, self.prompt(prompt_name, prompt), longest)
+        vectors = np.empty((len(texts), kept), np.float32)
+        with _progress(len(texts), show_progress_bar) as advance:
+            for start, rows in self._rounds(texts, prefix, longest):
+                for members, part in self._vectors(rows, len(prefix), batch_size, longest):
+                    vectors[start + members] = part[:, :kept]
+                    advance(len(members))
+        if kept < self.dimension and normalize_embeddings:
+            vectors = normalised(vectors)
+        return quantize(vectors, precision, ranges)
 
     def encode_query(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options: Any
-    ) -> Float32[np.ndarray, "N D"]:
+    ) -> Num[np.ndarray, "N D"]:
         """`encode` of what is searched for, after `prompts["query"]` unless another prompt is given."""
         return self.encode(inputs, prompt_name or QUERY, prompt, **options)
 
     def encode_document(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options: Any
-    ) -> Float32[np.ndarray, "N D"]:
+    ) -> Num[np.ndarray, "N D"]:
         """`encode` of what is searched in, after `prompts["document"]`, which is empty, unless another prompt is given."""
         return self.encode(inputs, prompt_name or DOCUMENT, prompt, **options)
 
     @staticmethod
     def similarity(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "N M"]:
-        """Cosine of every pair; the vectors of `encode` have length 1, so it is their inner product."""
-        return np.asarray(a, np.float32) @ np.asarray(b, np.float32).T
+        """The cosine of every pair; one vector [D] counts as [1, D]."""
+        return normalised(np.atleast_2d(a)) @ normalised(np.atleast_2d(b)).T
 
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
+    @staticmethod
+    def similarity_pairwise(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "N D"]) -> Float32[np.ndarray, " N"]:
+        """The cosine of a[i] and b[i]. Raises `DataError` when there are not as many of one as of the other."""
+        a, b = np.atleast_2d(a), np.atleast_2d(b)
+        if a.shape != b.shape:
+            raise DataError(f"pairs need as many vectors on both sides, got {a.shape} and {b.shape}")
+        return np.sum(normalised(a) * normalised(b), axis=1)
+
+    def prompt(self, name: str | None = None, prompt: str | None = None) -> str:
+        """The string that stands before a text: `prompt` where it is given, else the one called `name`, else nothing."""
         if prompt is not None or name is None:
             return prompt or ""
         if name not in self.prompts:
             raise ConfigError(f"there is no prompt {name!r}; this model has {', '.join(map(repr, self.prompts))}, or give prompt=")
         return self.prompts[name]
 
-    def _encode_round(self, texts: list[str], prompt: str, batch_size: int, longest: int) -> Float32[np.ndarray, "N D"]:
-        prefix = prompt_tokens(self.tokenizer, prompt, longest)
-        rows_of_ids = token_rows(self.tokenizer, texts, prefix, longest)
-        batch = {"tokens": np.zeros((len(texts), longest), np.int32), "lengths": np.array([len(r) for r in rows_of_ids], np.int32),
-                 "prompt_lengths": np.full(len(texts), len(prefix), np.int32)}
-        for i, ids in enumerate(rows_of_ids):
-            batch["tokens"][i, : len(ids)] = ids
-        results: list[tuple[np.ndarray, Array]] = []
-        for rows, length in batches(batch["lengths"], batch_size, longest):
-            # Results are collected after the last call, so the device works while the host cuts the next batch.
-            results.append((rows, _embed(self._embedder, self.params, _take(batch, rows, batch_size, length), self.mask)))
-        vectors = np.empty((len(texts), self.dimension), np.float32)
-        for rows, result in results:
-            vectors[rows] = np.asarray(result)[: len(rows)]
-        return vectors
+    def row_length(self, max_length: int | None = None) -> int:
+        """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
+        longest = min(DEFAULT_MAX_LENGTH, self.model.max_length) if max_length is None else max_length
+        if not 2 <= longest <= self.model.max_length:
+            raise ConfigError(f"max_length must lie in [2, {self.model.max_length}], what the model knows; got {longest}")
+        return longest
+
+    def _kept(self, truncate_dim: int | None) -> int:
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
+            raise ConfigError(f"truncate_dim must lie in [1, {self.dimension}], the width of the vectors; got {truncate_dim}")
+        return truncate_dim or self.dimension
+
+    def _rounds(self, texts: list[str], prefix: list[int], longest: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """(number of its first text, token rows) of each round; the next one is tokenised while the devices work on this one."""
+        def tokenise(start: int) -> tuple[int, list[list[int]]]:
+            return start, token_rows(self.tokenizer, texts[start : start + TEXTS_PER_ROUND], prefix, longest)
+
+        starts = range(0, len(texts), TEXTS_PER_ROUND)
+        if len(starts) < 2:
+            yield from map(tokenise, starts)
+            return
+        with ThreadPoolExecutor(1, "tokenise") as pool:
+            ahead = deque(pool.submit(tokenise, start) for start in starts[:2])
+            for start in itertools.chain(starts[2:], (None, None)):
+                done = ahead.popleft().result()
+                if start is not None:
+                    ahead.append(pool.submit(tokenise, start))
+                yield done
+
+    def _vectors(self, rows: list[list[int]], prompt_length: int, batch_size: int, longest: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers of the rows, their unit vectors), batch by batch, the longest rows first."""
+        devices = self._forward.devices
+        kind = devices[0].platform if devices[0].platform in TOKENS_PER_BATCH else "gpu"
+        planned = buckets.batches(
+            np.array([len(row) for row in rows], np.int64), longest=longest, most_rows=batch_size * len(devices),
+            most_tokens=TOKENS_PER_BATCH[kind] * len(devices), multiple=len(devices),
+            program_tokens=OPERATIONS_PER_PROGRAM[kind] * len(devices) / self._forward.operations_per_token)
+        pending: deque[tuple[np.ndarray, Array]] = deque()
+        for batch in planned:
+            pending.append((batch.members, self._forward(*padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length))))
+            if len(pending) >= IN_FLIGHT:
+                yield _collected(*pending.popleft())
+        while pending:
+            yield _collected(*pending.popleft())
 
 
-def batches(lengths: np.ndarray, batch_size: int, longest: int) -> list[tuple[np.ndarray, int]]:
-    """(rows, row length) of every batch: rows by falling length, `batch_size` each, in the smallest bucket that holds its first row.
-
-    Starting from the longest, a batch that is not full is only ever the last.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    made = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = SMALLEST_BUCKET
-        while length < lengths[rows[0]]:
-            length *= 2
-        made.append((rows, min(length, longest)))
-    return made
+def padded(rows: Sequence[Sequence[int]], count: int, length: int, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens Int32[count length], lengths, prompt lengths); rows beyond those given are empty."""
+    tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        lengths[i] = len(row)
+    return tokens, lengths, np.where(lengths > 0, prompt_length, 0).astype(np.int32)
 
 
-def _take(batch: dict[str, np.ndarray], rows: np.ndarray, batch_size: int, length: int) -> dict[str, np.ndarray]:
-    """`batch_size` rows of `length` tokens; rows beyond `rows` are empty."""
-    part = {name: np.zeros((batch_size, *batch[name].shape[1:]), np.int32) for name in ("tokens", "lengths", "prompt_lengths")}
-    for name, array in part.items():
-        array[: len(rows)] = batch[name][rows]
-    part["tokens"] = part["tokens"][:, :length]
-    return part
+def normalised(vectors: Num[np.ndarray, "N D"]) -> Float32[np.ndarray, "N D"]:
+    """x / ||x||, float32; a zero vector stays zero."""
+    vectors = np.asarray(vectors, np.float32)
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1)
 
 
-def _stage_folder(folder: Path) -> Path:
-    """`folder` itself when it holds checkpoints; of a run folder, that of its last stage which has a complete one."""
-    if checkpoint.latest_step(folder) is not None:
-        return folder
-    settings = folder / "config.json"
-    if not settings.is_file():
-        raise CheckpointError(f"there is no trained model in {folder}; train one with `conan demo` or `conan train`, or name its folder")
-    try:
-        run = config_io.from_dict(json.loads(settings.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{settings} is not valid JSON ({error})") from error
-    names = [stage.name for stage in run.stages]
-    trained = [folder / name for name in names if checkpoint.latest_step(folder / name) is not None]
-    if not trained:
-        raise CheckpointError(f"no stage of {folder} has a complete checkpoint yet; start the same command again to go on training")
-    return trained[-1]
+def _collected(members: np.ndarray, vectors: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    return members, np.asarray(vectors)[: len(members)]
 
 
-def _find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> Tokenizer:
-    """The tokenizer with the recorded sha256, beside the checkpoints or where the recipe put it."""
-    places = [stage_folder.parent / "data" / "tokenizer", Path(run.data_dir) / "tokenizer"]
-    seen = []
-    if run.tokenizer.path is not None:
-        try:
-            places.insert(0, Path(expand_variables(run.tokenizer.path)))
-        except DataError as error:
-            seen.append(str(error))
-    for place in places:
-        try:
-            tokenizer = Tokenizer.load(place)
-        except DataError as error:
-            seen.append(str(error))
-            continue
-        if tokenizer.sha256 == sha256:
-            return tokenizer
-        seen.append(f"{place} has sha256 {tokenizer.sha256}")
-    raise CheckpointError(f"{stage_folder} was trained with the tokenizer {sha256}, which is not there: {'; '.join(seen)}")
+class _progress:
+    """A bar with rate and time left, or nothing: `with _progress(total, shown) as advance`."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+                   TextColumn("ETA"), TimeRemainingColumn())
+        self._bar = Progress(*columns, disable=not shown)
+        self._task = self._bar.add_task("", total=total, rate="")
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _advance(self, count: int) -> None:
+        speed = self._bar.tasks[0].speed
+        self._bar.update(self._task, advance=count, rate=f"{speed:,.0f} texts/s" if speed else "")

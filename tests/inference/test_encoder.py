@@ -12,7 +12,7 @@ from conan_jax import config, config_io
 from conan_jax.data.tokenizer import EOS, train_tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.inference import encoder as encoder_module
-from conan_jax.inference.encoder import Encoder, batches
+from conan_jax.inference.encoder import Encoder
 from conan_jax.model import Bidirectional, Causal, Embedder
 from conan_jax.train import checkpoint
 from conan_jax.train.state import TrainState
@@ -91,22 +91,6 @@ def test_similarity_is_the_cosine(encoder):
     a, b = encoder.encode(texts(3), batch_size=4), encoder.encode(texts(2, seed=5), batch_size=4)
     expected = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in b] for x in a]
     np.testing.assert_allclose(Encoder.similarity(a, b), expected, atol=1e-5)
-
-
-def test_many_lengths_compile_few_programs(encoder):
-    before = encoder_module._embed._cache_size()
-    for seed in range(3):
-        encoder.encode(texts(40 + seed, seed=seed), batch_size=5)
-        encoder.encode(texts(40 + seed, seed=seed), batch_size=5, prompt="Instruct: Find it\nQuery: ")
-    assert encoder_module._embed._cache_size() - before <= 3  # rows of 16, 32 and 64 tokens
-
-
-def test_batches_cover_every_row_once_in_fitting_buckets():
-    lengths = np.random.default_rng(0).integers(1, 101, 57)
-    made = batches(lengths, 8, 100)
-    assert sorted(np.concatenate([rows for rows, _ in made]).tolist()) == list(range(57))
-    assert all(lengths[rows].max() <= bucket for rows, bucket in made) and {b for _, b in made} <= {16, 32, 64, 100}
-    assert [len(rows) for rows, _ in made[:-1]] == [8] * 7
 
 
 @pytest.mark.parametrize("options", [{"max_length": 65}, {"max_length": 1}, {"batch_size": 0}])

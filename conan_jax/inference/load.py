@@ -1,0 +1,135 @@
+"""A folder -> an encoder: of a run, of one of its stages, or of an export."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from conan_jax import config, config_io
+from conan_jax.data.locations import expand_variables
+from conan_jax.data.manifest import sha256_of
+from conan_jax.data.tokenizer import MODEL_FILE, Tokenizer
+from conan_jax.errors import CheckpointError, DataError
+from conan_jax.files import read_json
+from conan_jax.hf.weights import from_tensors, read_tensors
+from conan_jax.inference.prompts import prompts_of
+from conan_jax.model import Bidirectional, Causal, Embedder, Mask
+from conan_jax.stages import make_stage
+from conan_jax.train import checkpoint
+
+EXPORT_FILE, EXPORT_FORMAT = "conan.json", 1
+
+
+class Loaded(NamedTuple):
+    """What an `Encoder` is made of, in the order of its arguments."""
+
+    params: Any
+    model: config.Model
+    tokenizer: Any
+    mask: Mask
+    identity: dict[str, Any]
+    prompts: dict[str, str]
+
+
+def load(folder: str | os.PathLike[str]) -> Loaded:
+    """Read an export of `conan export`, or the newest weights of a stage folder or of the last trained stage of a run folder.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, no tokenizer with the recorded sha256, or a file of an export is not as
+            it was written.
+        DataError: the description of an export cannot be read.
+    """
+    folder = Path(folder)
+    return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(_stage_folder(folder))
+
+
+def untrained(run: config.Run, tokenizer: Any) -> Loaded:
+    """The model of `run` before its first step, with its first stage's mask at step 0: what training is measured against."""
+    embedder = Embedder(run.model)
+    params = jax.jit(embedder.init)(jax.random.key(run.seed))
+    identity = {"run": run.name, "stage": "untrained", "step": 0}
+    return Loaded(params, run.model, tokenizer, make_stage(run.stages[0], embedder).mask(0), identity, prompts_of(run))
+
+
+def _load_stage(folder: Path) -> Loaded:
+    metadata = checkpoint.read_metadata(folder)
+    run = config_io.from_dict(metadata["config"])
+    stage = run.stage(metadata["stage"])
+    mask = make_stage(stage, Embedder(run.model)).mask(stage.steps)
+    tokenizer = _find_tokenizer(run, folder, metadata["tokenizer_sha256"])
+    identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
+    return Loaded(checkpoint.restore_params(folder, metadata["step"]), run.model, tokenizer, mask, identity, prompts_of(run))
+
+
+def _load_export(folder: Path) -> Loaded:
+    described = read_json(folder / EXPORT_FILE)
+    if described.get("format") != EXPORT_FORMAT:
+        raise CheckpointError(f"{folder / EXPORT_FILE} has format {described.get('format')!r}; this version reads {EXPORT_FORMAT}")
+    _refuse_altered(folder)
+    try:
+        model = config_io.build(config.Model, described["model"], "model")
+        mask = {"causal": Causal(), "bidirectional": Bidirectional()}[described["mask"]]
+        identity, prompts = dict(described["identity"]), dict(described["prompts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / EXPORT_FILE} is damaged ({type(error).__name__}: {error}); export the run again") from error
+    return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, _export_tokenizer(folder), mask, identity, prompts)
+
+
+def _export_tokenizer(folder: Path) -> Tokenizer:
+    """Not `Tokenizer.load`: the tokenizer.json beside it is that of other libraries here."""
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        raise CheckpointError(f"there is no {file}; copy the folder anew, or export the run again")
+    return Tokenizer(file.read_bytes(), origin=str(file))
+
+
+def _refuse_altered(folder: Path) -> None:
+    """The files that are read must be those that were written."""
+    recorded = read_json(folder / "manifest.json", {}).get("files", {})
+    for name, facts in recorded.items():
+        if name.endswith(".safetensors") or name in (EXPORT_FILE, "tokenizer.model", "tokenizer.json"):
+            if not (folder / name).is_file() or sha256_of(folder / name) != facts.get("sha256"):
+                raise CheckpointError(f"{folder / name} is missing or not as it was written; copy the folder anew, or export the run again")
+
+
+def _stage_folder(folder: Path) -> Path:
+    """`folder` itself when it holds checkpoints; of a run folder, that of its last stage which has a complete one."""
+    if checkpoint.latest_step(folder) is not None:
+        return folder
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise CheckpointError(f"there is no trained model in {folder}; train one with `conan demo` or `conan train`, or name its folder")
+    try:
+        run = config_io.from_dict(json.loads(settings.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{settings} is not valid JSON ({error})") from error
+    names = [stage.name for stage in run.stages]
+    trained = [folder / name for name in names if checkpoint.latest_step(folder / name) is not None]
+    if not trained:
+        raise CheckpointError(f"no stage of {folder} has a complete checkpoint yet; start the same command again to go on training")
+    return trained[-1]
+
+
+def _find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> Tokenizer:
+    """The tokenizer with the recorded sha256, beside the checkpoints or where the recipe put it."""
+    places = [stage_folder.parent / "data" / "tokenizer", Path(run.data_dir) / "tokenizer"]
+    seen = []
+    if run.tokenizer.path is not None:
+        try:
+            places.insert(0, Path(expand_variables(run.tokenizer.path)))
+        except DataError as error:
+            seen.append(str(error))
+    for place in places:
+        try:
+            tokenizer = Tokenizer.load(place)
+        except DataError as error:
+            seen.append(str(error))
+            continue
+        if tokenizer.sha256 == sha256:
+            return tokenizer
+        seen.append(f"{place} has sha256 {tokenizer.sha256}")
+    raise CheckpointError(f"{stage_folder} was trained with the tokenizer {sha256}, which is not there: {'; '.join(seen)}")

@@ -1,0 +1,70 @@
+"""Vectors in fewer bits, with the meaning sentence-transformers gives the names.
+
+    float32   as they are
+    uint8     floor((x - low) / step) per dimension, step = (high - low) / 255, clipped to [0, 255]
+    int8      the same minus 128
+    ubinary   one bit a dimension, x > 0, eight to a byte, the first dimension in the highest bit
+    binary    the same minus 128, as int8
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32, Num
+
+from conan_jax.errors import ConfigError
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+DTYPES: dict[str, type] = {"float32": np.float32, "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
+
+
+def check_precision(precision: str) -> None:
+    """Raise `ConfigError` for a name that is not known."""
+    if precision not in DTYPES:
+        raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
+
+
+def width(dimension: int, precision: Precision) -> int:
+    """Elements a vector of `dimension` has in a precision."""
+    return -(-dimension // 8) if precision.endswith("binary") else dimension
+
+
+def ranges_of(vectors: Float[np.ndarray, "N D"]) -> Float32[np.ndarray, "2 D"]:
+    """The lowest and the highest value of each dimension. Raises `ConfigError` for a single vector: every range would be empty."""
+    if len(vectors) < 2:
+        raise ConfigError("int8 and uint8 need ranges: give several texts at once, or `ranges`, the lowest and highest value of each "
+                          "dimension over texts like these")
+    return np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
+
+
+def quantize(
+    vectors: Float[np.ndarray, "N D"], precision: Precision, ranges: Float[np.ndarray, "2 D"] | None = None
+) -> Num[np.ndarray, "N W"]:
+    """Vectors in `precision`; W = D, or ceil(D / 8) of the binary ones.
+
+    Args:
+        ranges: of int8 and uint8, the lowest and the highest value of each dimension; default: those of `vectors`. Values
+            outside are clipped.
+
+    Raises `ConfigError` for an unknown precision, ranges of another shape, or one vector without ranges.
+    """
+    check_precision(precision)
+    if precision == "float32":
+        return vectors.astype(np.float32, copy=False)
+    if precision.endswith("binary"):
+        bits = np.packbits(vectors > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits ^ 128).view(np.int8)
+    if not len(vectors):
+        return np.zeros(vectors.shape, DTYPES[precision])
+    low, high = _checked(ranges_of(vectors) if ranges is None else np.asarray(ranges, np.float32), vectors.shape[1])
+    step = (high - low) / 255
+    levels = np.clip(np.floor((vectors - low) / np.where(step == 0, 1, step)), 0, 255)
+    return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)
+
+
+def _checked(ranges: np.ndarray, dimension: int) -> np.ndarray:
+    if ranges.shape != (2, dimension):
+        raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {ranges.shape}")
+    return ranges
