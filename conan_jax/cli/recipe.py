@@ -156,13 +156,21 @@ class Recipe:
                 write_json(self.folder / "bm25" / "evaluation.json", {e.name: evaluate_bm25(e) for e in retrieval})
 
     def _evaluate(self, who: str, encoder: Any, file: Path) -> None:
-        from conan_jax.eval import evaluate
+        from conan_jax.eval import MAIN_FIGURES, evaluate
+        from conan_jax.eval.diagnostics import diagnose
+        from conan_jax.eval.dimensions import dimensions_of_run
+        from conan_jax.eval.memory import Remembering
 
         with self._timed("evaluate"):
-            figures = {}
+            figures, found = {}, {}
             for evaluation in self.evaluations:
                 with self.console.status(f"evaluating {who} on {evaluation.name}"):
-                    figures[evaluation.name] = evaluate(encoder, evaluation)
+                    remembering = Remembering(encoder)
+                    figures[evaluation.name] = evaluate(remembering, evaluation)
+                    if evaluation.main or any("/" in name for name in figures[evaluation.name]):  # the report shows these
+                        found[evaluation.name] = diagnose(remembering, evaluation, dimensions_of_run(self.run),
+                                                          MAIN_FIGURES[evaluation.kind], evaluate)
+            write_json(file.with_name("diagnostics.json"), found)
             write_json(file, figures)
         if figures:
             self.console.print(f"[bold]{who}[/bold] " + "  ".join(f"{name} {headline(f)}" for name, f in figures.items()), highlight=False)
@@ -236,7 +244,7 @@ def together(run: config.Run, *, on_stderr: bool = False) -> Iterator[tuple[Reci
 
 def headline(figures: dict[str, float]) -> str:
     """The one figure people quote for a kind of evaluation."""
-    for name in ("ndcg@10", "spearman", "accuracy"):
+    for name in ("ndcg@10", "spearman", "accuracy", "f1", "v_measure"):
         if name in figures:
             return f"{name} {figures[name]:.3f}"
     return ""

@@ -31,3 +31,34 @@ def results_table(summary: dict[str, Any]) -> Table:
 def _cell(value: float | None, bold: bool) -> str:
     text = "" if value is None else f"{value:.3f}"
     return f"[bold]{text}[/bold]" if bold and text else text
+
+
+def suite_tables(results: dict[str, Any]) -> list[Table]:
+    """A table for each kind of set, its main figure first, and one for each set in several languages. Fits 100 columns."""
+    tables = []
+    for kind in dict.fromkeys(found["kind"] for found in results["sets"].values()):
+        sets = {name: found for name, found in results["sets"].items() if found["kind"] == kind}
+        tables.append(_figures_table(kind, "set", {name: found["figures"] for name, found in sets.items()}, mean=True))
+        for name, found in sets.items():
+            rows: dict[str, dict[str, float]] = {}
+            for key, value in found["figures"].items():
+                figure, slash, language = key.partition("/")
+                if slash:
+                    rows.setdefault(language, {})[figure] = value
+            if rows:
+                tables.append(_figures_table(f"{name}, by language", "language", rows))
+    return tables
+
+
+def _figures_table(title: str, first: str, rows: dict[str, dict[str, float]], mean: bool = False) -> Table:
+    figures = list(dict.fromkeys(key for found in rows.values() for key in found if "/" not in key))
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for figure in figures:
+        table.add_column(figure, justify="right", no_wrap=True)
+    for name, found in rows.items():
+        table.add_row(name, *(_cell(found.get(figure), bold=i == 0) for i, figure in enumerate(figures)))
+    if mean and len(rows) > 1:
+        table.add_section()
+        table.add_row("mean", *(_cell(sum(f[figure] for f in rows.values()) / len(rows), bold=i == 0) for i, figure in enumerate(figures)))
+    return table

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -15,9 +15,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 SERIES = tuple(f"#0000f{i}" for i in range(1, 7))  # --series-1 ... --series-6
+MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, FAINT, MUTED = "#0000e1", "#0000e2", "#0000e3"
 _VARIABLES = {**{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}, INK: "var(--ink)", FAINT: "var(--line)", MUTED: "var(--muted)"}
 _STYLE = {
@@ -61,8 +63,7 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, stages: Sequ
     `log` takes effect when every value is positive.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 2.75), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _canvas()
         for line in lines:
             _curve(axes, line)
         if log and all(v > 0 for line in lines for v in line.values):
@@ -88,6 +89,89 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, stages: Sequ
         if len(named) > 1:
             figure.legend(loc="outside lower center", ncols=len(named) if len(named) < 4 else 2, fontsize=9, handlelength=1.3)
         return _svg(figure, title)
+
+
+def steps(title: str, lines: Sequence[Line], label: str) -> Markup:
+    """Histograms as filled outlines: `line.steps` are the edges of the bins, one more than `line.values`."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _canvas()
+        for line in lines:
+            colour = SERIES[line.colour % len(SERIES)]
+            axes.stairs(line.values, line.steps, color=colour, fill=True, alpha=0.22)
+            axes.stairs(line.values, line.steps, color=colour, linewidth=1.6, label=line.label)
+        used = [x for line in lines for x, value in zip(line.steps, line.values, strict=False) if value > 0]
+        axes.set_xlim(min(used, default=-1) - 0.06, 1.02)
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        figure.legend(loc="outside lower center", ncols=1, fontsize=9, handlelength=1.3)
+        return _svg(figure, title)
+
+
+def trace(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Markup:
+    """Lines through marked points over a logarithmic axis of whole numbers, each of which is written."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _canvas()
+        for line in lines:
+            axes.plot(line.steps, line.values, color=SERIES[line.colour % len(SERIES)], label=line.label, marker="o", markersize=4)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({x for line in lines for x in line.steps}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(y=0.12)
+        if len(lines) > 1:
+            figure.legend(loc="outside lower center", ncols=min(len(lines), 3), fontsize=9, handlelength=1.3)
+        return _svg(figure, title)
+
+
+def points(title: str, groups: Mapping[str, Sequence[Sequence[float]]], labels: tuple[str, str] | None = None, named: bool = False) -> Markup:
+    """Groups of points in the plane. `labels` of the axes, which have no numbers without; `named` writes each group's name beside its point."""
+    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "both"}):
+        figure, axes = _canvas()
+        for i, (name, spots) in enumerate(groups.items()):
+            colour, marker = SERIES[i % len(SERIES)], MARKERS[i // len(SERIES) % len(MARKERS)]
+            x, y = zip(*spots, strict=True)
+            axes.scatter(x, y, s=44 if named else 13, color=colour, marker=marker, linewidths=0, alpha=1 if named else 0.75, label=name)
+            if named:
+                axes.annotate(name, (x[0], y[0]), xytext=(6, 4), textcoords="offset points", color=INK, fontsize=9)
+        axes.margins(0.16 if named else 0.06)
+        if labels:
+            axes.set_xlabel(labels[0])
+            axes.set_ylabel(labels[1])
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        if not named:
+            figure.legend(loc="outside right upper", fontsize=8, handlelength=0.8, ncols=1 + (len(groups) - 1) // 14, columnspacing=0.8)
+        return _svg(figure, title)
+
+
+def heatmap(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> Markup:
+    """A square table of numbers, shaded from their smallest to their largest; written out where there is room."""
+    low, high = min(min(row) for row in values), max(max(row) for row in values)
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = _canvas(height=3.4 if len(names) > 8 else 2.75)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                share = (value - low) / (high - low) if high > low else 0.5
+                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 0.96, 0.96, facecolor=SERIES[0], alpha=0.08 + 0.72 * share, linewidth=0))
+                if len(names) <= 10:
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=INK)
+        size = 9 if len(names) <= 10 else 7
+        axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+        axes.tick_params(length=0)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return _svg(figure, title)
+
+
+def _canvas(height: float = 2.75) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _curve(axes: Axes, line: Line) -> None:

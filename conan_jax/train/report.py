@@ -21,12 +21,16 @@ from markupsafe import Markup
 from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_file
 from conan_jax.train.charts import Line, bars, curves
+from conan_jax.train.pictures import of_stages
 
 BASELINES = ("untrained", "bm25")
-HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy")
+HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy", "f1", "v_measure")
+MAIN = {"retrieval": "ndcg@10", "mkqa": "recall@100", "sts": "spearman", "bitext": "f1", "classification": "accuracy",
+        "clustering": "v_measure"}  # the figure people quote for a kind of set
 PACKAGES = ("conan_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "sentencepiece", "numpy")
 SCHEDULED = ("learning_rate", "alpha", "replaced_low", "replaced_drop", "exhausted")  # exact, so never smoothed
-TEMPLATE = Path(__file__).with_name("report.html")
+PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                           undefined=jinja2.StrictUndefined)
 
 Records = list[dict[str, float]]
 
@@ -41,6 +45,7 @@ class RunFiles:
     searches: dict[str, list[dict[str, Any]]]
     metrics: dict[str, Records]
     evaluations: dict[str, dict[str, dict[str, float]]]
+    diagnostics: dict[str, dict[str, dict[str, Any]]]  # stage -> evaluation -> what eval.diagnostics found
 
     @property
     def stages(self) -> list[str]:
@@ -60,14 +65,14 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     Raises `DataError` when the folder is no run or one of its JSON files is damaged.
     """
     files = read_run(Path(run_folder))
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = PAGES.get_template("report.html").render(
         name=files.config.get("name", files.folder.resolve().name),
         cards=cards(files),
         by_stage=stage_bars(files),
         tables=[table for metric in HEADLINES if (table := result_table(files, metric))],
         other_tables=[table for metric in _other_metrics(files) if (table := result_table(files, metric))] + language_tables(files),
         losses=loss_charts(files),
+        vectors=vector_charts(files),
         charts=run_charts(files),
         progress=stage_progress(files),
         searches=files.searches,
@@ -88,10 +93,12 @@ def read_run(folder: Path) -> RunFiles:
     stages = [stage["name"] for stage in config.get("stages", [])]
     metrics = {name: _json_lines(folder / name / "metrics.jsonl") for name in stages}
     evaluations = {name: read_json(folder / name / "evaluation.json", {}) for name in (*BASELINES, *stages)}
+    diagnostics = {name: read_json(folder / name / "diagnostics.json", {}) for name in (BASELINES[0], *stages)}
     return RunFiles(
         folder=folder, config=config, summary=read_json(folder / "summary.json", {}), searches=read_json(folder / "searches.json", {}),
         metrics={name: records for name, records in metrics.items() if records},
         evaluations={name: figures for name, figures in evaluations.items() if figures},
+        diagnostics={name: found for name, found in diagnostics.items() if found},
     )
 
 
@@ -127,7 +134,7 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
         if metric:
             baselines = {b: files.evaluations.get(b, {}).get(main, {}) for b in BASELINES}
             beside = [f"{_title(b)} {found[metric]:.3f}" for b, found in baselines.items() if metric in found]
-            made.append({"label": f"{_metric(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}", "note": ", ".join(beside)})
+            made.append({"label": f"{metric_title(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}", "note": ", ".join(beside)})
     if "parameters" in files.summary:
         made.append({"label": "parameters", "value": _short(files.summary["parameters"]), "note": f"{files.summary['parameters']:,}"})
     if "seconds" in files.summary:
@@ -142,7 +149,7 @@ def result_table(files: RunFiles, metric: str) -> dict[str, Any] | None:
     """Rows: evaluations that have `metric`; columns: baselines and stages. The best trained figure of a row is marked."""
     values = {name: {who: figures[name][metric] for who, figures in files.evaluations.items() if metric in figures.get(name, {})}
               for name in _evaluation_names(files)}
-    return _table(_metric(metric), list(files.evaluations), {name: row for name, row in values.items() if row})
+    return shown_table(metric_title(metric), list(files.evaluations), {name: row for name, row in values.items() if row})
 
 
 def language_tables(files: RunFiles) -> list[dict[str, Any]]:
@@ -155,11 +162,11 @@ def language_tables(files: RunFiles) -> list[dict[str, Any]]:
                 if key.startswith("ndcg@10/"):
                     rows.setdefault(key.partition("/")[2], {})[who] = value
         if rows:
-            tables.append(_table(f"{name}: nDCG@10 by language", list(files.evaluations), dict(sorted(rows.items())), "language"))
+            tables.append(shown_table(f"{name}: nDCG@10 by language", list(files.evaluations), dict(sorted(rows.items())), "language"))
     return tables
 
 
-def _table(title: str, columns: list[str], rows: dict[str, dict[str, float]], first: str = "evaluation") -> dict[str, Any] | None:
+def shown_table(title: str, columns: list[str], rows: dict[str, dict[str, float]], first: str = "evaluation") -> dict[str, Any] | None:
     """What the page shows of `rows[name][column]`; None without rows."""
     shown = []
     for name, values in rows.items():
@@ -186,7 +193,7 @@ def stage_bars(files: RunFiles) -> Markup | None:
     if metric is None:
         return None
     values = {_title(who): f[main][metric] for who, f in files.evaluations.items() if metric in f.get(main, {})}
-    return bars(f"{_metric(metric)} by stage", list(values), list(values.values()), [_title(b) for b in BASELINES])
+    return bars(f"{metric_title(metric)} by stage", list(values), list(values.values()), [_title(b) for b in BASELINES])
 
 
 def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
@@ -200,6 +207,16 @@ def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
         if lines:
             change = f"{lines[0].values[0]:.3f} \u2192 {lines[0].values[-1]:.3f}"
             charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines), "note": change})
+    return charts
+
+
+def vector_charts(files: RunFiles) -> list[dict[str, Any]]:
+    """What the vectors of the held-out sets look like, stage by stage."""
+    kinds = {e["name"]: e.get("kind", "") for e in files.config.get("evaluations", [])}
+    charts = []
+    for name in dict.fromkeys(name for found in files.diagnostics.values() for name in found):
+        stages = {stage: found[name] for stage, found in files.diagnostics.items() if name in found}
+        charts += of_stages(name, stages, metric_title(MAIN.get(kinds.get(name, ""), "")))
     return charts
 
 
@@ -308,8 +325,10 @@ def _title(who: str) -> str:
     return "BM25" if who == "bm25" else who
 
 
-def _metric(name: str) -> str:
-    written = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy"}
+def metric_title(name: str) -> str:
+    """A figure's name as people write it."""
+    written = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy",
+               "f1": "F1", "v_measure": "V-measure", "recall@100": "Recall@100", "recall@20": "Recall@20"}
     return written.get(name, name)
 
 

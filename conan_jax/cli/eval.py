@@ -1,0 +1,103 @@
+"""`conan eval`: figures of a trained model on a folder of evaluation sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+def evaluate(
+    model: Path = typer.Argument(..., help="The folder of a run, of one of its stages, or of an export."),
+    suite: Path = typer.Option(..., "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
+    only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
+    out: Path = typer.Option(None, "--out", help="Where results.json goes. Default: eval/SUITE in a run; EXPORT.eval/SUITE beside an export."),
+    max_queries: int = typer.Option(None, "--max-queries", min=1, help="At most so many queries, pairs or test texts a set."),
+    languages: str = typer.Option("", "--languages", help="These languages alone where records carry `lang`, separated by commas."),
+    fresh: bool = typer.Option(False, "--fresh", help="Compute again what results.json already holds."),
+    as_json: bool = typer.Option(False, "--json", help="Print results.json at the end, and progress on standard error."),
+) -> None:
+    """Score a model on retrieval (BEIR), MKQA, STS, bitext mining, classification and clustering sets that lie in a folder.
+
+    Retrieval figures are those of ir_measures, the others as MTEB defines them. Sets without a suite.yaml are read with the
+    model's own prompts where it has one of their name. The same command goes on after an interruption: a finished set is not
+    computed again, unless the model, the set or its settings have changed. Writes results.json, diagnostics.json, report.html.
+    Exit codes: 0 done, 42 stopped and resumable, 78 wrong suite, set or model.
+
+    Examples:
+
+        conan eval runs/demo --suite data/suite
+
+        conan eval runs/small_multilingual --suite $CONAN_DATA --only "sts/*,clr/dev" --max-queries 200
+
+        conan eval exports/model --suite mkqa --languages de,ja,ar --json
+    """
+    from conan_jax.cli.tables import suite_tables
+    from conan_jax.eval.dimensions import dimensions_of
+    from conan_jax.eval.results import run_suite
+    from conan_jax.eval.suite import read_suite, select
+    from conan_jax.inference.encoder import Encoder
+    from conan_jax.train.evaluation_page import write_page
+
+    console = Console(stderr=as_json)
+    chosen = select(read_suite(suite), _names(only), max_queries, _names(languages))
+    encoder = Encoder.load(model)
+    folder = out or _default_folder(model) / chosen.name
+    with _Bars(console, len(chosen.sets)) as bars:
+        results = run_suite(encoder, chosen, folder, dimensions_of(model, encoder.dimension), fresh=fresh,
+                            begin=bars.begin, finished=bars.finished)
+    page = write_page(folder)
+    if as_json:
+        typer.echo(json.dumps(results))
+        return
+    for table in suite_tables(results):
+        console.print(table)
+    console.print(f"results {folder / 'results.json'}\nreport  {page}", highlight=False, soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _default_folder(model: Path) -> Path:
+    """Inside a run or a stage; beside an export, whose manifest names every file it holds."""
+    return model / "eval" if not (model / "manifest.json").is_file() else model.with_name(f"{model.resolve().name}.eval")
+
+
+class _Bars:
+    """A bar over the sets and one over the texts of the set at hand, with their rate and what is left."""
+
+    def __init__(self, console: Console, sets: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = console
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                                  TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self._sets = self._progress.add_task("sets", total=sets, rate="")
+        self._texts = self._progress.add_task("", total=None, rate="", visible=False)
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def begin(self, evaluation: Any) -> Any:
+        self._progress.reset(self._texts, description=evaluation.name, total=None, rate="", visible=True)
+
+        def encoded(done: int, total: int) -> None:
+            self._progress.update(self._texts, completed=done, total=total)
+            speed = self._progress.tasks[self._texts].speed
+            self._progress.update(self._texts, rate=f"{speed:,.0f} texts/s" if speed else "")
+
+        return encoded
+
+    def finished(self, name: str, result: dict[str, Any], computed: bool) -> None:
+        self._progress.update(self._texts, visible=False)
+        self._progress.advance(self._sets)
+        note = f"{result['texts']:,} texts in {result['seconds']:.1f} s" if computed else "kept"
+        self._console.print(f"{name}  {result['main']} {result['figures'][result['main']]:.4f}  [dim]{note}[/dim]", highlight=False)
