@@ -13,7 +13,7 @@ from conan_jax.data import transforms
 from conan_jax.data.access import read_records
 from conan_jax.data.indexes import Labels
 from conan_jax.data.mixture import Draw, Schedule
-from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import Batch, stable_seed
 from conan_jax.errors import DataError
 
@@ -81,7 +81,7 @@ def collate_packed(draft: Draft) -> Batch:
     return {"ids": draft.ids.astype(np.int32), **batch}
 
 
-def collate_pairs(tokenizer: Tokenizer, buckets: Sequence[config.Bucket]) -> Collate:
+def collate_pairs(tokenizer: AnyTokenizer, buckets: Sequence[config.Bucket]) -> Collate:
     """Pairs at the lengths of their bucket; a record with several positives shows another one each epoch, drawn by its number."""
     def collate(draft: Draft) -> Batch:
         bucket = buckets[draft.draw.bucket]
@@ -93,7 +93,7 @@ def collate_pairs(tokenizer: Tokenizer, buckets: Sequence[config.Bucket]) -> Col
     return collate
 
 
-def collate_retrieval(tokenizer: Tokenizer, bucket: config.Bucket, negatives: config.HardNegatives) -> Collate:
+def collate_retrieval(tokenizer: AnyTokenizer, bucket: config.Bucket, negatives: config.HardNegatives) -> Collate:
     """Pairs and their candidate pools, hardest first (METHODS 1.4)."""
     pairs = collate_pairs(tokenizer, [bucket])
     skip = negatives.skip_top if negatives.skip_top is not None else 10 * (negatives.rule == "v1")
@@ -106,7 +106,7 @@ def collate_retrieval(tokenizer: Tokenizer, bucket: config.Bucket, negatives: co
     return collate
 
 
-def collate_classification(tokenizer: Tokenizer, task: config.Task) -> Collate:
+def collate_classification(tokenizer: AnyTokenizer, task: config.Task) -> Collate:
     """A text, what stands for its class, and what stands for others (METHODS 1.5).
 
     `positives="label"`: label texts, the negatives drawn without replacement from the other labels. `"example"`: other
@@ -126,7 +126,7 @@ def collate_classification(tokenizer: Tokenizer, task: config.Task) -> Collate:
     return collate
 
 
-def collate_sts(tokenizer: Tokenizer, bucket: config.Bucket) -> Collate:
+def collate_sts(tokenizer: AnyTokenizer, bucket: config.Bucket) -> Collate:
     """Sentence pairs with their graded score."""
     def collate(draft: Draft) -> Batch:
         return transforms.sts_batch(tokenizer, draft.ids, draft.records, draft.instructions, (bucket.query_length, bucket.passage_length))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from conan_jax.data.access import blocks
-from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import as_pair, count_tokens, instruction_of
 from conan_jax.files import replacing
 
@@ -36,7 +36,7 @@ class Labels:
 
 
 def pair_lengths(
-    source: Sequence[Any], kind: str, instruction: str, tokenizer: Tokenizer, cache: Path | None = None,
+    source: Sequence[Any], kind: str, instruction: str, tokenizer: AnyTokenizer, cache: Path | None = None,
 ) -> Int32[np.ndarray, "N 2"]:
     """Tokens of query (prompt included) and positive of each record, EOS included; the longest positive where there are several.
 

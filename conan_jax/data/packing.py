@@ -28,7 +28,7 @@ from conan_jax.data.folders import fingerprint
 from conan_jax.data.manifest import Manifest, Shard, read_manifest, sha256_of, verify
 from conan_jax.data.shards import SPLIT, write_tfds_metadata
 from conan_jax.data.sources import open_serialized
-from conan_jax.data.tokenizer import EOS, PAD, Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import as_pair, record_texts
 from conan_jax.errors import DataError
 
@@ -96,8 +96,7 @@ def expand_row(
     """The arrays of one row from its stored form, padded to `length`."""
     n = len(tokens)
     starts = np.cumsum(segment_lengths) - segment_lengths
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}
-    row["tokens"][:] = PAD
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}  # segment 0 is padding, whatever its token
     row["tokens"][:n] = tokens
     row["segment_ids"][:n] = np.repeat(np.arange(1, len(segment_lengths) + 1), segment_lengths)
     row["positions"][:n] = np.arange(n) - np.repeat(starts, segment_lengths)
@@ -106,18 +105,18 @@ def expand_row(
     return {**row, "loss_mask": mask}
 
 
-def split_document(tokens: Sequence[int], length: int) -> list[Segment]:
-    """A document and its EOS as segments of at most `length` tokens. A segment of one token has no target and is dropped."""
-    ids = np.array([*tokens, EOS], np.int32)
+def split_document(tokens: Sequence[int], length: int, eos: int) -> list[Segment]:
+    """A document and its `eos` as segments of at most `length` tokens. A segment of one token has no target and is dropped."""
+    ids = np.array([*tokens, eos], np.int32)
     return [Segment(ids[i : i + length], 1) for i in range(0, len(ids), length) if len(ids) - i > 1]
 
 
-def fit_example(prompt: Sequence[int], separator: Sequence[int], output: Sequence[int], length: int) -> Segment:
-    """Prompt, separator, output, EOS in at most `length` tokens; the end of the prompt goes first, at least one token of it stays.
+def fit_example(prompt: Sequence[int], separator: Sequence[int], output: Sequence[int], length: int, eos: int) -> Segment:
+    """Prompt, separator, output, `eos` in at most `length` tokens; the end of the prompt goes first, at least one token of it stays.
 
-    An output that still does not fit is cut and has no EOS: it does not end there.
+    An output that still does not fit is cut and has no `eos`: it does not end there.
     """
-    target = [*output, EOS][: length - 1 - len(separator)]
+    target = [*output, eos][: length - 1 - len(separator)]
     head = [*prompt[: length - len(separator) - len(target)], *separator]
     return Segment(np.array(head + target, np.int32), len(head))
 
@@ -146,7 +145,7 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    source: Sequence[Any], tokenizer: Tokenizer, kind: PackKind, sequence_length: int, out_dir: str | os.PathLike[str], *,
+    source: Sequence[Any], tokenizer: AnyTokenizer, kind: PackKind, sequence_length: int, out_dir: str | os.PathLike[str], *,
     record_kind: str, content: str, num_workers: int | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Pack `source` into rows of `sequence_length` tokens in `out_dir`, or find them already there; returns the manifest.
@@ -221,14 +220,14 @@ def _blocks(documents: int) -> list[range]:
 
 
 def _segments(
-    records: Sequence[Any], tokenizer: Tokenizer, kind: PackKind, record_kind: str, separator: list[int], length: int,
+    records: Sequence[Any], tokenizer: AnyTokenizer, kind: PackKind, record_kind: str, separator: list[int], length: int,
 ) -> list[Segment]:
     if kind == "pretrain":
         texts = ["\n".join(record_texts(record_kind, record)) for record in records]
-        return [segment for ids in tokenizer.encode_batch(texts) for segment in split_document(ids, length)]
+        return [segment for ids in tokenizer.encode_batch(texts) for segment in split_document(ids, length, tokenizer.eos_id)]
     pairs = [as_pair(record_kind, record) for record in records]
     prompts, outputs = (tokenizer.encode_batch([pair[side] for pair in pairs]) for side in (0, 1))
-    return [fit_example(prompt, separator, output, length) for prompt, output in zip(prompts, outputs)]
+    return [fit_example(prompt, separator, output, length, tokenizer.eos_id) for prompt, output in zip(prompts, outputs)]
 
 
 def _write_shard(name: Path, rows: list[Row]) -> dict[str, int]:

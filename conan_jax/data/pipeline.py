@@ -17,7 +17,7 @@ from conan_jax.data import feeds, indexes, mixture
 from conan_jax.data.folders import content_fingerprint, dataset_folder, fingerprint, index_file, packed_folder
 from conan_jax.data.packing import open_packed
 from conan_jax.data.sources import open_source
-from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import PAIR_KINDS, Batch, stable_seed
 from conan_jax.errors import ConfigError
 
@@ -41,7 +41,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, run: config.Run, stage: config.AnyStage, tokenizer: Tokenizer, *,
+        self, run: config.Run, stage: config.AnyStage, tokenizer: AnyTokenizer, *,
         host_index: int = 0, host_count: int = 1, sources: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self._run, self._stage, self._tokenizer = run, stage, tokenizer

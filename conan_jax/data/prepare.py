@@ -22,7 +22,7 @@ from conan_jax.data.manifest import Manifest
 from conan_jax.data.packing import pack
 from conan_jax.data.pipeline import Pipeline
 from conan_jax.data.sources import open_source
-from conan_jax.data.tokenizer import Tokenizer, read_settings, train_tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer, read_settings, train_tokenizer
 from conan_jax.data.transforms import record_texts
 from conan_jax.errors import ConfigError, DataError
 
@@ -33,7 +33,7 @@ Advance = Callable[[float, float | None], None]  # done, total
 class Prepared:
     """What `prepare` made or found: the tokenizer, and the folders by dataset name and by (stage, dataset) of packed rows."""
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     datasets: dict[str, Path]
     packed: dict[tuple[str, str], Path]
 
@@ -60,7 +60,7 @@ def prepare(run: config.Run, *, console: Console | None = None) -> Prepared:
     return Prepared(tokenizer, {name: dataset_folder(run, name) for name in built}, packed)
 
 
-def prepare_tokenizer(run: config.Run, *, console: Console | None = None) -> Tokenizer:
+def prepare_tokenizer(run: config.Run, *, console: Console | None = None) -> AnyTokenizer:
     """Only the tokenizer of `run`, and the datasets it is trained on; raises as `prepare`."""
     names = [] if run.tokenizer.path is not None else list(run.tokenizer.datasets) or _stage_datasets(run)
     return _tokenizer(run, _datasets(run, names, console), console)
@@ -109,7 +109,7 @@ def _build_corpus(console: Console | None, folder: Path) -> None:
         build_corpus(folder, progress=lambda what, done, total: {"files": read, "queries": rank}[what](done, total))
 
 
-def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | None) -> Tokenizer:
+def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | None) -> AnyTokenizer:
     settings = run.tokenizer
     if settings.path is not None:
         tokenizer = Tokenizer.load(locations.expand_variables(settings.path))
@@ -131,14 +131,14 @@ def _tokenizer(run: config.Run, built: dict[str, Manifest], console: Console | N
     return tokenizer
 
 
-def _trained(folder: Path, mark: str) -> Tokenizer | None:
+def _trained(folder: Path, mark: str) -> AnyTokenizer | None:
     try:
         return Tokenizer.load(folder) if read_settings(folder).get("fingerprint") == mark else None
     except DataError:
         return None
 
 
-def _pack(run: config.Run, stage: config.LMStage, name: str, manifest: Manifest, tokenizer: Tokenizer, console: Console | None) -> Path:
+def _pack(run: config.Run, stage: config.LMStage, name: str, manifest: Manifest, tokenizer: AnyTokenizer, console: Console | None) -> Path:
     folder = packed_folder(run, stage.name, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _bar(console, f"packing {name} for {stage.name}", "records") as advance:

@@ -17,6 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from conan_jax import config
+from conan_jax.data.json_tokenizer import JSON_FILE, JsonTokenizer, is_tokenizer_json, refuse_surrogates
 from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_file, write_json
 
@@ -36,6 +37,7 @@ class Tokenizer:
     """
 
     pad_id, unk_id, bos_id, eos_id = PAD, UNK, BOS, EOS
+    splits_at_spaces = True  # no piece reaches from a word over the space after it
 
     def __init__(self, model: bytes, origin: str = "the given bytes") -> None:
         """`model` is the content of a SentencePiece model file; raises `DataError` when it is not one of ours."""
@@ -59,18 +61,20 @@ class Tokenizer:
         self._space_ids = [byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a model file, or the folder that holds `tokenizer.model`.
+    def load(cls, path: str | os.PathLike[str]) -> AnyTokenizer:
+        """Read a model file, or the folder that holds `tokenizer.model`; or the folder of a `JsonTokenizer`.
 
         Raises `DataError` when it is missing, unreadable, or not the model that the `tokenizer.json` beside it describes.
         """
         path = Path(path)
+        if path.is_dir() and not (path / MODEL_FILE).exists() and is_tokenizer_json(path / JSON_FILE):
+            return JsonTokenizer.load(path)
         file = path / MODEL_FILE if path.is_dir() else path
         if not file.is_file():
             raise DataError(f"there is no tokenizer at {file}; train one with `conan tokenizer train`")
         tokenizer = cls(file.read_bytes(), origin=str(file))
         settings = file.parent / SETTINGS_FILE
-        if file.name == MODEL_FILE and settings.is_file():
+        if file.name == MODEL_FILE and settings.is_file() and not is_tokenizer_json(settings):
             recorded = read_settings(file.parent).get("sha256")
             if recorded != tokenizer.sha256:
                 raise DataError(f"{file} has sha256 {tokenizer.sha256}, but {settings} says {recorded}: the model was altered; "
@@ -97,7 +101,7 @@ class Tokenizer:
         try:
             encoded = self._processor.encode(parts, num_threads=num_threads)
         except (RuntimeError, TypeError) as error:
-            _refuse_surrogates(texts)
+            refuse_surrogates(texts)
             raise DataError(f"a text could not be encoded: {_reason(error)}") from error
         if len(parts) == len(counts):
             return encoded
@@ -135,6 +139,9 @@ class Tokenizer:
         return bytes([int(piece[3:5], 16)]) if sp.is_byte(token) else piece.replace(_SPACE, " ").encode()
 
 
+AnyTokenizer = Tokenizer | JsonTokenizer
+
+
 def train_tokenizer(
     texts: Iterable[str],
     settings: config.Tokenizer,
@@ -168,7 +175,7 @@ def train_tokenizer(
             num_threads=_TRAINER_THREADS, minloglevel=2,
         )
     except (RuntimeError, TypeError) as error:
-        _refuse_surrogates(sample)
+        refuse_surrogates(sample)
         raise _training_error(error, settings, sum(len(text.encode()) for text in sample)) from error
     tokenizer = Tokenizer(model.getvalue(), origin="the trained model")
     try:
@@ -192,8 +199,9 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, object]:
-    """The content of `tokenizer.json`; `{}` when there is none. Raises `DataError` when it is not JSON."""
-    return read_json(Path(folder) / SETTINGS_FILE, {})
+    """How the tokenizer in a folder was trained; `{}` when nothing says it. Raises `DataError` when the file is not JSON."""
+    settings = read_json(Path(folder) / SETTINGS_FILE, {})
+    return {} if isinstance(settings.get("model"), dict) else settings  # that is a tokenizer itself
 
 
 def spread_sample(texts: Iterable[str], max_bytes: int, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -246,15 +254,6 @@ def _training_error(error: Exception, settings: config.Tokenizer, size: int) -> 
     if "sentences_.empty" in message:
         return DataError("the texts for the tokenizer are all empty; name datasets with text in tokenizer.datasets")
     return DataError(f"the tokenizer could not be trained: {_reason(error)}")
-
-
-def _refuse_surrogates(texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            where = text[max(error.start - 20, 0) : error.start + 20]
-            raise DataError(f"a text holds a lone surrogate at character {error.start}, so it is not valid Unicode: {where!r}") from error
 
 
 def _reason(error: Exception) -> str:

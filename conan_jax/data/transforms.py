@@ -1,26 +1,28 @@
 """Records -> fixed-shape arrays: text batches, candidate pools, labels, text hashes.
 
-A text batch is `{"tokens": Int32[B L], "lengths": Int32[B], "prompt_lengths": Int32[B]}`, right-padded with 0. Every text
-ends in EOS, also when it was cut. The instruction is tokenised apart from the text, so `prompt_lengths` is exact:
-those tokens are attended to, not pooled (METHODS 1.7).
+A text batch is `{"tokens": Int32[B L], "lengths": Int32[B], "prompt_lengths": Int32[B]}`, right-padded with the
+tokenizer's pad id. Every text ends in EOS, also when it was cut. The instruction is tokenised apart from the text, so
+`prompt_lengths` is exact: those tokens are attended to, not pooled (METHODS 1.7).
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from conan_jax.data.tokenizer import EOS, PAD, Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.errors import DataError
 
 Record = Mapping[str, Any]
 Batch = dict[str, Any]
 
 _USUAL_CHARACTERS = 6  # of a token; fewer than this in nearly all text
+_AFFECTED = 64  # tokens before a cut that another tokenizer may see otherwise without what stood after it
 PAIR_KINDS = ("pair", "retrieval", "sft")
 
 
@@ -39,13 +41,13 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=4).digest(), "little")
 
 
-def encode_text(tokenizer: Tokenizer, text: str, length: int, instruction: str = "") -> tuple[Int32[np.ndarray, "L"], int, int]:
+def encode_text(tokenizer: AnyTokenizer, text: str, length: int, instruction: str = "") -> tuple[Int32[np.ndarray, "L"], int, int]:
     """One text as `(tokens[L], length, prompt_length)`: prompt, text, EOS; the text is cut where it does not fit."""
     batch = encode_texts(tokenizer, [text], length, [instruction])
     return batch["tokens"][0], int(batch["lengths"][0]), int(batch["prompt_lengths"][0])
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int, instructions: Sequence[str] | None = None) -> Batch:
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str], length: int, instructions: Sequence[str] | None = None) -> Batch:
     """A text batch of `length` tokens a row.
 
     Raises `DataError` when an instruction leaves no room for one token of text and EOS.
@@ -56,20 +58,22 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int, instru
             raise DataError(f"the instruction {instruction[:60]!r} takes {len(prompt)} tokens and leaves no room for a text in {length}: "
                             "shorten the instruction or raise the length of the bucket")
     encoded = encode_heads(tokenizer, texts, length)
-    tokens = np.full((len(texts), length), PAD, np.int32)
+    tokens = np.full((len(texts), length), tokenizer.pad_id, np.int32)
     lengths = np.empty(len(texts), np.int32)
     prompt_lengths = np.zeros(len(texts), np.int32)
     for i, content in enumerate(encoded):
         prompt = prompts[instructions[i]] if instructions else []
         row = prompt + content[: length - 1 - len(prompt)]
         tokens[i, : len(row)] = row
-        tokens[i, len(row)] = EOS
+        tokens[i, len(row)] = tokenizer.eos_id
         lengths[i] = len(row) + 1
         prompt_lengths[i] = len(prompt)
     return {"tokens": tokens, "lengths": lengths, "prompt_lengths": prompt_lengths}
 
 
-def count_tokens(tokenizer: Tokenizer, texts: Sequence[str], instructions: Sequence[str], num_threads: int = 1) -> Int32[np.ndarray, "B"]:
+def count_tokens(
+    tokenizer: AnyTokenizer, texts: Sequence[str], instructions: Sequence[str], num_threads: int = 1
+) -> Int32[np.ndarray, "B"]:
     """The row length each text would need uncut: prompt, text and EOS."""
     prompts = _prompts(tokenizer, instructions)
     encoded = tokenizer.encode_batch(texts, num_threads)
@@ -130,7 +134,7 @@ def candidates(record: Record, pool_size: int, skip_top: int) -> list[str]:
 
 
 def pair_batch(
-    tokenizer: Tokenizer, ids: Sequence[int], queries: Sequence[str], positives: Sequence[str], instructions: Sequence[str],
+    tokenizer: AnyTokenizer, ids: Sequence[int], queries: Sequence[str], positives: Sequence[str], instructions: Sequence[str],
     lengths: tuple[int, int],
 ) -> Batch:
     """The batch of the weak stage: `ids`, `query`, `positive`, `query_hash`, `positive_hash` (docs/ARCHITECTURE.md)."""
@@ -143,7 +147,7 @@ def pair_batch(
     }
 
 
-def pool_batch(tokenizer: Tokenizer, pools: Sequence[Sequence[str]], pool_size: int, length: int) -> Batch:
+def pool_batch(tokenizer: AnyTokenizer, pools: Sequence[Sequence[str]], pool_size: int, length: int) -> Batch:
     """Candidate pools: `pool` {tokens Int32[B P L], lengths Int32[B P]}, `pool_hash` UInt32[B P 2], `pool_size` Int32[B]."""
     stacked, sizes = stack_texts(tokenizer, pools, pool_size, length)
     hashes = np.zeros((len(pools), pool_size, 2), np.uint32)
@@ -153,11 +157,11 @@ def pool_batch(tokenizer: Tokenizer, pools: Sequence[Sequence[str]], pool_size: 
 
 
 def stack_texts(
-    tokenizer: Tokenizer, groups: Sequence[Sequence[str]], size: int, length: int,
+    tokenizer: AnyTokenizer, groups: Sequence[Sequence[str]], size: int, length: int,
 ) -> tuple[Batch, Int32[np.ndarray, "B"]]:
     """Groups of at most `size` texts as {tokens Int32[B size L], lengths Int32[B size]} and the number of texts of each; the rest is 0."""
     flat = encode_texts(tokenizer, [text for group in groups for text in group], length)
-    tokens = np.full((len(groups), size, length), PAD, np.int32)
+    tokens = np.full((len(groups), size, length), tokenizer.pad_id, np.int32)
     lengths = np.zeros((len(groups), size), np.int32)
     sizes = np.array([len(group) for group in groups], np.int32)
     filled = np.arange(size) < sizes[:, None]
@@ -172,7 +176,7 @@ def label_text(label: str) -> str:
 
 
 def sts_batch(
-    tokenizer: Tokenizer, ids: Sequence[int], records: Sequence[Record], instructions: Sequence[str], lengths: tuple[int, int],
+    tokenizer: AnyTokenizer, ids: Sequence[int], records: Sequence[Record], instructions: Sequence[str], lengths: tuple[int, int],
 ) -> Batch:
     """`ids`, `sentence1`, `sentence2`, `score` Float32[B] as given. The task is symmetric, so both sides carry the instruction."""
     return {
@@ -183,12 +187,15 @@ def sts_batch(
     }
 
 
-def encode_heads(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
+def encode_heads(tokenizer: AnyTokenizer, texts: Sequence[str], length: int) -> list[list[int]]:
     """The tokens of each text, at least the first `length` of a longer one: most of a long document need not be encoded."""
     limit = max((length + 1) * tokenizer.max_piece_length, length * _USUAL_CHARACTERS)  # more characters cannot fit
-    heads = [_head(text, length * _USUAL_CHARACTERS, limit) for text in texts]
+    if tokenizer.splits_at_spaces:
+        heads, enough = [_head(text, length * _USUAL_CHARACTERS, limit) for text in texts], length
+    else:  # a cut may change tokens before it, but none so far before it
+        heads, enough, limit = [text[: 2 * (length + _AFFECTED) * _USUAL_CHARACTERS] for text in texts], length + _AFFECTED, sys.maxsize
     encoded = tokenizer.encode_batch(heads)
-    short = [i for i, text in enumerate(texts) if len(encoded[i]) < length and len(heads[i]) < min(len(text), limit)]
+    short = [i for i, text in enumerate(texts) if len(encoded[i]) < enough and len(heads[i]) < min(len(text), limit)]
     for i, ids in zip(short, tokenizer.encode_batch([texts[i][:limit] for i in short])):
         encoded[i] = ids
     return encoded
@@ -207,7 +214,7 @@ def _head(text: str, size: int, limit: int) -> str:
     return text[: cut if cut > 0 else limit]
 
 
-def _prompts(tokenizer: Tokenizer, instructions: Sequence[str]) -> dict[str, list[int]]:
+def _prompts(tokenizer: AnyTokenizer, instructions: Sequence[str]) -> dict[str, list[int]]:
     unique = list(dict.fromkeys(instructions))
     return dict(zip(unique, tokenizer.encode_batch([query_prompt(i) for i in unique])))
 

@@ -114,9 +114,9 @@ def test_best_fit_chooses_the_tightest_bin():
 
 
 def test_split_document():
-    assert [s.tokens.tolist() for s in split_document([5, 6, 7, 8], 3)] == [[5, 6, 7], [8, EOS]]
-    assert [s.tokens.tolist() for s in split_document([5, 6, 7], 3)] == [[5, 6, 7]]  # EOS alone has no target
-    assert split_document([], 3) == []
+    assert [s.tokens.tolist() for s in split_document([5, 6, 7, 8], 3, EOS)] == [[5, 6, 7], [8, EOS]]
+    assert [s.tokens.tolist() for s in split_document([5, 6, 7], 3, EOS)] == [[5, 6, 7]]  # EOS alone has no target
+    assert split_document([], 3, EOS) == []
 
 
 @pytest.mark.parametrize("length, tokens, prompt", [
@@ -128,7 +128,7 @@ def test_split_document():
     (4, [10, 9, 20, 21], 2),
 ])
 def test_fit_example_keeps_the_output_as_long_as_possible(length, tokens, prompt):
-    segment = fit_example([10, 11, 12, 13], [9], [20, 21, 22], length)
+    segment = fit_example([10, 11, 12, 13], [9], [20, 21, 22], length, EOS)
     assert (segment.tokens.tolist(), segment.prompt) == (tokens, prompt)
 
 

@@ -1,0 +1,151 @@
+"""Tokenizers that came with an imported model: a `tokenizer.json` of the `tokenizers` library, with the contract of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from conan_jax.errors import DataError
+from conan_jax.files import read_json, write_file, write_json
+
+JSON_FILE, CONFIG_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json", "conan_tokenizer.json"
+_NAMES = ("pad", "unk", "bos", "eos")
+
+
+class JsonTokenizer:
+    """A tokenizer as its `tokenizer.json` says, with its special ids. Build it with `Tokenizer.load`, which opens either kind.
+
+    `encode` adds no special ids, and none can be spelled by a text: "</s>" in a text is four characters. Where the model has no pad
+    token, `pad_id` is `eos_id`: lengths say what is padding, so any id serves. `bos_id` and `unk_id` are None where there are none.
+    """
+
+    splits_at_spaces = False  # pieces may reach over white space: what stands after a cut can change the last ids before it
+
+    def __init__(
+        self, content: bytes, *, eos_id: int, pad_id: int | None = None, bos_id: int | None = None, unk_id: int | None = None,
+        settings: dict[str, Any] | None = None, origin: str = "the given bytes",
+    ) -> None:
+        """`content` is that of `tokenizer.json`, `settings` that of `tokenizer_config.json`; raises `DataError` when it is none."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise DataError(f"{origin} is no tokenizer.json that can be read ({str(error)[:200]}); copy it anew") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise DataError(f"{origin} has an empty vocabulary")
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.eos_id, self.pad_id, self.bos_id, self.unk_id = eos_id, eos_id if pad_id is None else pad_id, bos_id, unk_id
+        for name, value in {"eos": eos_id, "pad": pad_id, "bos": bos_id, "unk": unk_id}.items():
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise DataError(f"{origin} has {self.vocab_size} tokens, and {name}_id is {value}")
+        self.max_piece_length: int = max(map(len, vocabulary))  # characters, at most: one of them is a byte in byte-level vocabularies
+        self._content, self._settings = content, dict(settings or {})
+        # Another end of text is another training, though the ids of the text be the same.
+        self.sha256: str = hashlib.sha256(content + json.dumps([self.eos_id, self.pad_id]).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> JsonTokenizer:
+        """Read the folder that `save` wrote, or one of Hugging Face: the special ids then stand in `tokenizer_config.json`, else `config.json`.
+
+        Raises `DataError` when a file is missing or damaged, or nothing says which token ends a text.
+        """
+        folder = Path(folder)
+        content, settings = (folder / JSON_FILE).read_bytes(), read_json(folder / CONFIG_FILE, {})
+        if not (folder / SETTINGS_FILE).is_file():
+            return cls(content, **_special_ids(folder, content, settings), settings=settings, origin=str(folder / JSON_FILE))
+        ours = read_json(folder / SETTINGS_FILE)
+        try:
+            ids = {f"{name}_id": ours[f"{name}_id"] for name in _NAMES}
+            recorded = ours["sha256"]
+        except KeyError as error:
+            raise DataError(f"{folder / SETTINGS_FILE} lacks {error}; copy it anew or import the model again") from None
+        tokenizer = cls(content, **ids, settings=settings, origin=str(folder / JSON_FILE))
+        if recorded != tokenizer.sha256:
+            raise DataError(f"{folder / JSON_FILE} and its special ids have sha256 {tokenizer.sha256}, but {SETTINGS_FILE} says {recorded}: "
+                            "it was altered; copy it anew or import the model again")
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special ids. Raises `DataError` for a lone surrogate, which is not valid Unicode."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """Token ids of each text, in order. The library parallelises by itself, whatever `num_threads` says."""
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            refuse_surrogates(texts)
+            raise DataError(f"a text could not be encoded: {str(error)[:200]}") from error
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. Special ids, and ids that no token has, vanish. Raises `DataError` for an id outside of the vocabulary."""
+        ids = [int(i) for i in ids]
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            raise DataError(f"a token id lies outside the vocabulary of {self.vocab_size}; was it made by another tokenizer?")
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` as they came, and `conan_tokenizer.json`; each whole or not at all."""
+        folder = Path(folder)
+        (folder / SETTINGS_FILE).unlink(missing_ok=True)
+        write_file(folder / JSON_FILE, self._content)
+        if self._settings:
+            write_json(folder / CONFIG_FILE, self._settings)
+        ids = {f"{name}_id": getattr(self, f"{name}_id") for name in _NAMES}
+        # The description goes last: a folder that has it is complete.
+        write_json(folder / SETTINGS_FILE, {"sha256": self.sha256, "vocab_size": self.vocab_size, **ids})
+
+    def content(self, add_eos: bool) -> dict[str, Any]:
+        """`tokenizer.json` whose readers get what the model is trained on: the ids of `encode`, then EOS when `add_eos`."""
+        data = json.loads(self._content)
+        eos = self._tokenizer.id_to_token(self.eos_id)
+        special = {eos: {"id": eos, "ids": [self.eos_id], "tokens": [eos]}}
+        text, pair = ([{"Sequence": {"id": name, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}] for i, name in enumerate("AB"))
+        data["post_processor"] = {"type": "TemplateProcessing", "single": text, "pair": text + pair, "special_tokens": special}
+        return {**data, "post_processor": data["post_processor"] if add_eos else None, "truncation": None, "padding": None}
+
+
+def is_tokenizer_json(path: Path) -> bool:
+    """Whether a file is a `tokenizer.json` of the `tokenizers` library."""
+    return path.is_file() and isinstance(read_json(path, {}).get("model"), dict)
+
+
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raises `DataError` naming the first lone surrogate of `texts`."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            where = text[max(error.start - 20, 0) : error.start + 20]
+            raise DataError(f"a text holds a lone surrogate at character {error.start}, so it is not valid Unicode: {where!r}") from error
+
+
+def _special_ids(folder: Path, content: bytes, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the files of a Hugging Face folder say of pad, unk, bos and eos: names of tokens first, then the ids of `config.json`."""
+    try:
+        known = tokenizers.Tokenizer.from_str(content.decode("utf-8")).token_to_id
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{folder / JSON_FILE} is no tokenizer.json that can be read ({str(error)[:200]}); copy it anew") from error
+    model = read_json(folder / "config.json", {})
+    found: dict[str, Any] = {}
+    for name in _NAMES:
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        given = model.get(f"{name}_token_id")
+        given = given[0] if isinstance(given, list) and given else given
+        by_name = known(token) if isinstance(token, str) else None
+        found[f"{name}_id"] = by_name if by_name is not None else given if isinstance(given, int) and given >= 0 else None
+    if found["eos_id"] is None:
+        raise DataError(f"nothing in {folder} says which token ends a text: name it as \"eos_token\" in {CONFIG_FILE}, "
+                        "or as \"eos_token_id\" in config.json")
+    return found
