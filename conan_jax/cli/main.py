@@ -34,13 +34,15 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _mount() -> None:
-    from conan_jax.cli import config, data, demo, launch, preflight, search, tokenizer, train
+    from conan_jax.cli import config, data, demo, export, launch, preflight, search, tokenizer, train, verify
 
     app.command("demo")(demo.demo)
     app.command("train")(train.train)
     app.command("prepare")(train.prepare)
     app.command("preflight")(preflight.preflight)
     app.command("search")(search.search)
+    app.command("export")(export.export)
+    app.command("verify")(verify.verify)
     app.command("report")(train.report)
     app.add_typer(data.app, name="data")
     app.add_typer(tokenizer.app, name="tokenizer")

@@ -48,9 +48,13 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
         ConfigError: the model has no form that PyTorch users can load: an unfinished mask, or a pooling of its own.
     """
     folder = Path(folder)
+    if (folder / "conan.json").is_file():
+        raise ConfigError(f"{folder} is an export already; name the folder of the run that it was made from")
     place = _stage_folder(folder, stage)
     encoder = Encoder.load(place)
     newest = encoder.identity["step"]
+    if checkpoint.latest_step(place) is None:  # a run, of which the encoder took the last stage
+        place = place / encoder.identity["stage"]
     metadata = checkpoint.read_metadata(place, step)
     run = config_io.from_dict(metadata["config"])
     stage_config = run.stage(metadata["stage"])

@@ -1,0 +1,76 @@
+"""`conan verify`: an export held to its own manifest, to JAX, and to PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def verify(
+    folder: Path = typer.Argument(..., help="A folder that `conan export` wrote."),
+    texts: Path | None = typer.Option(None, "--texts", help="A UTF-8 file with a text on each line; default: texts in many scripts."),
+    jax_only: bool = typer.Option(False, "--jax-only", help="Files and check vectors alone: needs no PyTorch."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object: ok, min_cosine, checks, layers, versions."),
+) -> None:
+    """Check that an export is whole and that PyTorch computes from it what JAX does.
+
+    sha256 of every file, check vectors, token ids, vectors (batched and alone, padded left and right, with prompts, cut to fewer
+    numbers) and every layer. Exit code 1 when a cosine is below 0.9999 in float32. PyTorch comes with pip install 'conan_jax[torch]'.
+
+    Examples:
+
+        conan verify exports/demo
+
+        conan verify exports/demo --texts questions.txt --json
+
+        conan verify exports/demo --jax-only
+    """
+    from conan_jax.export.verify import verify as compare
+
+    console = Console(stderr=as_json)
+    with console.status("checking") as status:
+        report = compare(folder, None if texts is None else _lines(texts), jax_only=jax_only, progress=lambda what: status.update(f"{what} ..."))
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(console, report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _lines(file: Path) -> list[str]:
+    from conan_jax.errors import DataError
+
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if not lines:
+        raise DataError(f"{file} holds no text; write one on each line")
+    return lines
+
+
+def _print(console: Console, report) -> None:
+    table = Table(title=f"{report.folder}: {report.kind}, {report.dtype}", title_justify="left")
+    table.add_column("compared")
+    for column in ("vectors", "worst cosine", "largest difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for group in (report.layers, report.checks):
+        for check in group:
+            style = None if check.ok else "bold red"
+            table.add_row(check.name, f"{check.vectors:,}", f"{check.min_cosine:.9f}", f"{check.max_abs_diff:.1e}", style=style)
+        table.add_section()
+    console.print(table)
+    console.print(f"{report.files} files are as they were written", highlight=False)
+    if report.token_rows:
+        console.print(f"token ids: {report.token_rows_that_differ} of {report.token_rows} rows differ",
+                      style="bold red" if report.token_rows_that_differ else None, highlight=False)
+    for problem in report.problems:
+        console.print(f"[bold red]problem:[/bold red] {problem}", highlight=False)
+    console.print("  ".join(f"{name} {version}" for name, version in report.versions.items()), highlight=False)
+    verdict = "[bold green]verified[/bold green]" if report.ok else "[bold red]not the same[/bold red]"
+    console.print(f"{verdict}: worst cosine {report.min_cosine:.9f}", highlight=False)

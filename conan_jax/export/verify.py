@@ -1,0 +1,252 @@
+"""`verify`: is an export what it says? Its files, its vectors in JAX, and the same in PyTorch, layer by layer.
+
+PyTorch and JAX add the same products in another order, so float32 results differ in about the 6th digit; 1 - cosine is of the
+order of the square of that. `FLOAT32_BAR` leaves three digits to spare, and a wrong name, transpose, mask or prompt is far below it.
+A bfloat16 export is compared in float32 first, which shows that the weights are right; then as users load it. There each product
+and each sum is rounded to 8 bits, 2^-9 relative on average, on both sides and at different places: over some tens of roundings a
+layer a vector moves by about 1 % of its length, 1 - cosine = 0.01^2 / 2 a side, and `BFLOAT16_BAR` leaves a factor of ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from conan_jax import __version__, config
+from conan_jax.errors import DataError
+from conan_jax.export import manifest, torch_side
+from conan_jax.export.reading import Export, read_export
+from conan_jax.export.texts import TEXTS
+from conan_jax.files import read_json
+from conan_jax.inference.encoder import Encoder
+from conan_jax.inference.tokens import prompt_tokens, token_rows
+from conan_jax.model import Bidirectional, Causal, Embedder, Layout, Mask
+
+FLOAT32_BAR, BFLOAT16_BAR = 0.9999, 0.999
+LAYER_TEXTS, LAYER_TOKENS = 8, 64  # of the comparison by layer
+PROMPTS = 4  # different ones that are tried
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the worst cosine of its vectors, and the largest difference of a number."""
+
+    name: str
+    vectors: int
+    min_cosine: float
+    max_abs_diff: float
+    bar: float
+
+    @property
+    def ok(self) -> bool:
+        """Not a NaN, and not below the bar."""
+        return self.min_cosine >= self.bar
+
+
+@dataclass
+class Report:
+    """What was compared. `layers`: the embeddings (0), then each layer."""
+
+    folder: str
+    kind: str
+    dtype: str
+    files: int
+    checks: list[Check] = field(default_factory=list)
+    layers: list[Check] = field(default_factory=list)
+    token_rows: int = 0
+    token_rows_that_differ: int = 0
+    problems: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def min_cosine(self) -> float:
+        """The worst of all that is held to the float32 bar; NaN when any of it is."""
+        return float(np.min([c.min_cosine for c in (*self.checks, *self.layers) if c.bar == FLOAT32_BAR]))
+
+    @property
+    def ok(self) -> bool:
+        """Every comparison is above its bar and every row has the same token ids."""
+        return all(check.ok for check in (*self.checks, *self.layers)) and not self.token_rows_that_differ
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"ok": self.ok, "min_cosine": self.min_cosine, **asdict(self)}
+
+
+def verify(
+    folder: str | Path, texts: Sequence[str] | None = None, *, jax_only: bool = False, progress: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """Compare an export with its manifest and its check vectors in JAX, then PyTorch with JAX on `texts` (default: 45 in 21 scripts).
+
+    `jax_only` leaves PyTorch out. `progress` is told what comes next.
+
+    Raises:
+        DataError: a file is not as it was written, or the folder is no export.
+        ConfigError: PyTorch is not installed.
+    """
+    folder = Path(folder)
+    if not jax_only:
+        torch_side.require()
+    progress("files")
+    files = manifest.check(folder)
+    export = read_export(folder)
+    report = Report(str(folder), export.kind, export.dtype, files, versions={"conan_jax": __version__, "jax": jax.__version__})
+    texts = list(TEXTS if texts is None else texts)
+    with jax.default_matmul_precision("highest"):  # float32 products in fewer bits are what an accelerator does by default
+        progress("check vectors")
+        side = _LanguageModel(export) if export.kind == "causal" else _Embedder(export)
+        report.checks.append(side.check_vectors(read_json(folder / "check.json", {})))
+        if not jax_only:
+            report.versions |= torch_side.versions()
+            if (problem := torch_side.ignores_flags()) and export.kind != "causal":
+                report.problems.append(problem)
+            side.compare(folder, texts, report, progress)
+    return report
+
+
+def _compare(name: str, ours: Float32[np.ndarray, "N D"], theirs: Float32[np.ndarray, "N D"], bar: float = FLOAT32_BAR) -> Check:
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = np.minimum((ours * theirs).sum(1) / norms, 1.0)
+    return Check(name, len(ours), float(cosines.min()), float(np.abs(ours - theirs).max()), bar)
+
+
+class _Embedder:
+    """The vectors of an embedder on both sides."""
+
+    def __init__(self, export: Export) -> None:
+        self.export, self.model = export, replace(export.model, compute_dtype="float32")
+        self.encoder = Encoder(export.params, self.model, export.tokenizer, Bidirectional(), prompts=export.prompts)
+
+    def check_vectors(self, recorded: dict[str, Any]) -> Check:
+        found = [self.encoder.encode(check["text"], prompt=check["prompt"], max_length=self.export.max_length) for check in _checks(recorded)]
+        return _compare("check vectors, JAX", np.stack(found), np.array([check["vector"] for check in recorded["checks"]], np.float32))
+
+    def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
+        progress("loading in PyTorch")
+        theirs = torch_side.TorchEmbedder(folder, "float32" if self.export.dtype != "float32" else None)
+        prompts = list(dict.fromkeys(prompt for prompt in self.export.prompts.values() if prompt))[:PROMPTS]
+        progress("token ids")
+        for prompt in ("", *prompts):
+            self._compare_ids(theirs, texts, prompt, report)
+        progress("layers")
+        report.layers += _compare_layers(self.export.params, self.model, theirs, self._rows(texts, ""), Bidirectional())
+        progress("vectors")
+        ours = self._encode(texts)
+        report.checks += [
+            _compare("batch, padded right", ours, theirs.encode(texts)),
+            _compare("batch, padded left", ours, theirs.encode(texts, side="left")),
+            _compare("one by one", ours, theirs.encode(texts, batch_size=1)),
+        ]
+        for i, prompt in enumerate(prompts):
+            progress(f"prompt {i + 1} of {len(prompts)}")
+            prompted = self._encode(texts, prompt)
+            for side in ("right", "left") if i == 0 else ("right",):
+                name = f"prompt {self._name_of(prompt)}, padded {side}"
+                report.checks.append(_compare(name, prompted, theirs.encode(texts, prompt=prompt, side=side)))
+        for dim in self.export.dims:
+            if dim < self.model.hidden_size:
+                cut = ours[:, :dim] / np.linalg.norm(ours[:, :dim], axis=1, keepdims=True)
+                report.checks.append(_compare(f"first {dim} of {self.model.hidden_size}", cut, theirs.encode(texts, dim=dim)))
+        if self.export.dtype == "bfloat16":
+            progress("bfloat16")
+            del theirs  # two copies of the weights are not needed at a time
+            report.checks.append(_compare("as loaded, bfloat16", ours, torch_side.TorchEmbedder(folder).encode(texts), BFLOAT16_BAR))
+
+    def _encode(self, texts: list[str], prompt: str = "") -> Float32[np.ndarray, "N D"]:
+        return self.encoder.encode(texts, prompt=prompt, batch_size=16, max_length=self.export.max_length)
+
+    def _rows(self, texts: list[str], prompt: str) -> list[list[int]]:
+        prefix = prompt_tokens(self.export.tokenizer, prompt, self.export.max_length)
+        return token_rows(self.export.tokenizer, texts, prefix, self.export.max_length)
+
+    def _compare_ids(self, theirs: torch_side.TorchEmbedder, texts: list[str], prompt: str, report: Report) -> None:
+        _count(self._rows(texts, prompt), theirs.token_ids(texts, prompt), report)
+
+    def _name_of(self, prompt: str) -> str:
+        return next(name for name, full in self.export.prompts.items() if full == prompt)
+
+
+class _LanguageModel:
+    """The states and logits of a causal model on both sides."""
+
+    def __init__(self, export: Export) -> None:
+        self.export, self.model = export, replace(export.model, compute_dtype="float32")
+        self.embedder = Embedder(self.model)
+
+    def check_vectors(self, recorded: dict[str, Any]) -> Check:
+        found = [_states(self.export.params, self.model, check["ids"], Causal())[-1] for check in _checks(recorded)]
+        return _compare("check vectors, JAX", np.stack(found), np.array([check["hidden"] for check in recorded["checks"]], np.float32))
+
+    def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
+        progress("loading in PyTorch")
+        theirs = torch_side.TorchLanguageModel(folder, "float32" if self.export.dtype != "float32" else None)
+        rows = [list(ids) for ids in self.export.tokenizer.encode_batch(texts)]
+        progress("token ids")
+        _count(rows, theirs.token_ids(texts), report)
+        rows = [ids[: self.export.max_length] for ids in rows if ids]
+        progress("layers")
+        report.layers += _compare_layers(self.export.params, self.model, theirs, rows, Causal())
+        progress("logits")
+        report.checks.append(self._logits("logits", rows, theirs, FLOAT32_BAR))
+        if self.export.dtype == "bfloat16":
+            progress("bfloat16")
+            del theirs
+            report.checks.append(self._logits("logits as loaded, bfloat16", rows, torch_side.TorchLanguageModel(folder), BFLOAT16_BAR))
+
+    def _logits(self, name: str, rows: list[list[int]], theirs: torch_side.TorchLanguageModel, bar: float) -> Check:
+        ours = [np.asarray(self.embedder.logits(self.export.params, _states(self.export.params, self.model, ids, Causal()))) for ids in rows]
+        return _compare(name, np.concatenate(ours), np.concatenate([theirs.logits(ids) for ids in rows]), bar)
+
+
+def _checks(recorded: dict[str, Any]) -> list[dict[str, Any]]:
+    checks = recorded.get("checks")
+    if not isinstance(checks, list) or not checks:
+        raise DataError("check.json of the export holds no checks; export the run again with --force")
+    return checks
+
+
+def _count(ours: list[list[int]], theirs: list[list[int]], report: Report) -> None:
+    report.token_rows += len(ours)
+    report.token_rows_that_differ += sum(list(a) != list(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _compare_layers(params: Any, model: config.Model, theirs: Any, rows: list[list[int]], mask: Mask) -> list[Check]:
+    """Token vectors of each layer, through the final norm."""
+    rows = [ids[:LAYER_TOKENS] for ids in rows if ids][:LAYER_TEXTS]
+    expected = [theirs.states(ids) for ids in rows]
+    checks = []
+    for layer in range(model.num_layers + 1):
+        ours = [_embeddings(params, ids) if layer == 0 else _states(*_first_layers(params, model, layer), ids, mask) for ids in rows]
+        checks.append(_compare(f"layer {layer}" if layer else "embeddings", np.concatenate(ours), np.concatenate([s[layer] for s in expected])))
+    return checks
+
+
+def _first_layers(params: Any, model: config.Model, count: int) -> tuple[Any, config.Model]:
+    return {**params, "layers": jax.tree.map(lambda a: a[:count], params["layers"])}, replace(model, num_layers=count)
+
+
+def _embeddings(params: Any, ids: Sequence[int]) -> Float32[np.ndarray, "L D"]:
+    return np.asarray(params["embedding"])[np.asarray(ids)]
+
+
+def _states(params: Any, model: config.Model, ids: Sequence[int], mask: Mask) -> Float32[np.ndarray, "L D"]:
+    """Final-norm states of one row. Rows are padded to a power of two, so that few programs are compiled."""
+    length = 16
+    while length < len(ids):
+        length *= 2
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(ids)] = ids
+    hidden = _hidden(Embedder(model), params, row, Layout.from_lengths(jnp.array([len(ids)]), length), mask)
+    return np.asarray(hidden[0, : len(ids)], np.float32)
+
+
+_hidden = jax.jit(Embedder.hidden, static_argnums=0)
