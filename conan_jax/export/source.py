@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from conan_jax import config, config_io
 from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.files import read_json
-from conan_jax.inference.encoder import Encoder
+from conan_jax.inference.load import load
 from conan_jax.model import Causal, Embedder
 from conan_jax.model.pooling import POOLINGS
 from conan_jax.stages import make_stage
@@ -51,21 +51,19 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
     if (folder / "conan.json").is_file():
         raise ConfigError(f"{folder} is an export already; name the folder of the run that it was made from")
     place = _stage_folder(folder, stage)
-    encoder = Encoder.load(place)
-    newest = encoder.identity["step"]
-    if checkpoint.latest_step(place) is None:  # a run, of which the encoder took the last stage
-        place = place / encoder.identity["stage"]
+    newest = load(place)
+    if checkpoint.latest_step(place) is None:  # a run, of which the last stage was taken
+        place = place / newest.identity["stage"]
     metadata = checkpoint.read_metadata(place, step)
     run = config_io.from_dict(metadata["config"])
-    stage_config = run.stage(metadata["stage"])
-    params = encoder.params if metadata["step"] == newest else checkpoint.restore_params(place, metadata["step"])
-    mask = make_stage(stage_config, Embedder(run.model)).mask(metadata["step"])
+    stage_config, step = run.stage(metadata["stage"]), metadata["step"]
+    mask = make_stage(stage_config, Embedder(run.model)).mask(step)
     causal = isinstance(mask, Causal)
     if not causal:
-        _refuse_unfinished_mask(mask, stage_config, metadata["step"])
+        _refuse_unfinished_mask(mask, stage_config, step)
         _refuse_pooling(run.model)
-    return Source(place.parent if (place.parent / "config.json").is_file() else place, run, stage_config, metadata["step"], params,
-                  encoder.tokenizer, encoder.prompts, causal)
+    params = newest.params if step == newest.identity["step"] else checkpoint.restore_params(place, step)
+    return Source(place.parent, run, stage_config, step, params, newest.tokenizer, newest.prompts, causal)
 
 
 def _stage_folder(folder: Path, stage: str | None) -> Path:

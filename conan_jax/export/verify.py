@@ -22,12 +22,13 @@ from jaxtyping import Float32
 from conan_jax import __version__, config
 from conan_jax.errors import DataError
 from conan_jax.export import manifest, torch_side
-from conan_jax.export.reading import Export, read_export
+from conan_jax.export.folder import OURS
 from conan_jax.export.texts import TEXTS
 from conan_jax.files import read_json
 from conan_jax.inference.encoder import Encoder
+from conan_jax.inference.load import Loaded, load
 from conan_jax.inference.tokens import prompt_tokens, token_rows
-from conan_jax.model import Bidirectional, Causal, Embedder, Layout, Mask
+from conan_jax.model import Causal, Embedder, Layout, Mask
 
 FLOAT32_BAR, BFLOAT16_BAR = 0.9999, 0.999
 LAYER_TEXTS, LAYER_TOKENS = 8, 64  # of the comparison by layer
@@ -96,16 +97,16 @@ def verify(
         torch_side.require()
     progress("files")
     files = manifest.check(folder)
-    export = read_export(folder)
-    report = Report(str(folder), export.kind, export.dtype, files, versions={"conan_jax": __version__, "jax": jax.__version__})
+    described, loaded = read_json(folder / OURS, {}), load(folder)
+    report = Report(str(folder), described["kind"], described["dtype"], files, versions={"conan_jax": __version__, "jax": jax.__version__})
     texts = list(TEXTS if texts is None else texts)
     with jax.default_matmul_precision("highest"):  # float32 products in fewer bits are what an accelerator does by default
         progress("check vectors")
-        side = _LanguageModel(export) if export.kind == "causal" else _Embedder(export)
+        side = (_LanguageModel if described["kind"] == "causal" else _Embedder)(loaded, described)
         report.checks.append(side.check_vectors(read_json(folder / "check.json", {})))
         if not jax_only:
             report.versions |= torch_side.versions()
-            if (problem := torch_side.ignores_flags()) and export.kind != "causal":
+            if described["kind"] != "causal" and (problem := torch_side.ignores_flags()):
                 report.problems.append(problem)
             side.compare(folder, texts, report, progress)
     return report
@@ -122,23 +123,23 @@ def _compare(name: str, ours: Float32[np.ndarray, "N D"], theirs: Float32[np.nda
 class _Embedder:
     """The vectors of an embedder on both sides."""
 
-    def __init__(self, export: Export) -> None:
-        self.export, self.model = export, replace(export.model, compute_dtype="float32")
-        self.encoder = Encoder(export.params, self.model, export.tokenizer, Bidirectional(), prompts=export.prompts)
+    def __init__(self, loaded: Loaded, described: dict[str, Any]) -> None:
+        self.dims, self.dtype, self.max_length = described["dims"], described["dtype"], described["max_length"]
+        self.encoder = Encoder(*loaded._replace(model=replace(loaded.model, compute_dtype="float32")))
 
     def check_vectors(self, recorded: dict[str, Any]) -> Check:
-        found = [self.encoder.encode(check["text"], prompt=check["prompt"], max_length=self.export.max_length) for check in _checks(recorded)]
+        found = [self.encoder.encode(check["text"], prompt=check["prompt"], max_length=self.max_length) for check in _checks(recorded)]
         return _compare("check vectors, JAX", np.stack(found), np.array([check["vector"] for check in recorded["checks"]], np.float32))
 
     def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
         progress("loading in PyTorch")
-        theirs = torch_side.TorchEmbedder(folder, "float32" if self.export.dtype != "float32" else None)
-        prompts = list(dict.fromkeys(prompt for prompt in self.export.prompts.values() if prompt))[:PROMPTS]
+        theirs = torch_side.TorchEmbedder(folder, "float32" if self.dtype != "float32" else None)
+        prompts = list(dict.fromkeys(prompt for prompt in self.encoder.prompts.values() if prompt))[:PROMPTS]
         progress("token ids")
         for prompt in ("", *prompts):
             self._compare_ids(theirs, texts, prompt, report)
         progress("layers")
-        report.layers += _compare_layers(self.export.params, self.model, theirs, self._rows(texts, ""), Bidirectional())
+        report.layers += _compare_layers(self.encoder.params, self.encoder.model, theirs, self._rows(texts, ""), self.encoder.mask)
         progress("vectors")
         ours = self._encode(texts)
         report.checks += [
@@ -152,58 +153,59 @@ class _Embedder:
             for side in ("right", "left") if i == 0 else ("right",):
                 name = f"prompt {self._name_of(prompt)}, padded {side}"
                 report.checks.append(_compare(name, prompted, theirs.encode(texts, prompt=prompt, side=side)))
-        for dim in self.export.dims:
-            if dim < self.model.hidden_size:
+        for dim in self.dims:
+            if dim < self.encoder.model.hidden_size:
                 cut = ours[:, :dim] / np.linalg.norm(ours[:, :dim], axis=1, keepdims=True)
-                report.checks.append(_compare(f"first {dim} of {self.model.hidden_size}", cut, theirs.encode(texts, dim=dim)))
-        if self.export.dtype == "bfloat16":
+                report.checks.append(_compare(f"first {dim} of {self.encoder.model.hidden_size}", cut, theirs.encode(texts, dim=dim)))
+        if self.dtype == "bfloat16":
             progress("bfloat16")
             del theirs  # two copies of the weights are not needed at a time
             report.checks.append(_compare("as loaded, bfloat16", ours, torch_side.TorchEmbedder(folder).encode(texts), BFLOAT16_BAR))
 
     def _encode(self, texts: list[str], prompt: str = "") -> Float32[np.ndarray, "N D"]:
-        return self.encoder.encode(texts, prompt=prompt, batch_size=16, max_length=self.export.max_length)
+        return self.encoder.encode(texts, prompt=prompt, batch_size=16, max_length=self.max_length)
 
     def _rows(self, texts: list[str], prompt: str) -> list[list[int]]:
-        prefix = prompt_tokens(self.export.tokenizer, prompt, self.export.max_length)
-        return token_rows(self.export.tokenizer, texts, prefix, self.export.max_length)
+        prefix = prompt_tokens(self.encoder.tokenizer, prompt, self.max_length)
+        return token_rows(self.encoder.tokenizer, texts, prefix, self.max_length)
 
     def _compare_ids(self, theirs: torch_side.TorchEmbedder, texts: list[str], prompt: str, report: Report) -> None:
         _count(self._rows(texts, prompt), theirs.token_ids(texts, prompt), report)
 
     def _name_of(self, prompt: str) -> str:
-        return next(name for name, full in self.export.prompts.items() if full == prompt)
+        return next(name for name, full in self.encoder.prompts.items() if full == prompt)
 
 
 class _LanguageModel:
     """The states and logits of a causal model on both sides."""
 
-    def __init__(self, export: Export) -> None:
-        self.export, self.model = export, replace(export.model, compute_dtype="float32")
+    def __init__(self, loaded: Loaded, described: dict[str, Any]) -> None:
+        self.params, self.tokenizer, self.model = loaded.params, loaded.tokenizer, replace(loaded.model, compute_dtype="float32")
+        self.dtype, self.max_length = described["dtype"], described["max_length"]
         self.embedder = Embedder(self.model)
 
     def check_vectors(self, recorded: dict[str, Any]) -> Check:
-        found = [_states(self.export.params, self.model, check["ids"], Causal())[-1] for check in _checks(recorded)]
+        found = [_states(self.params, self.model, check["ids"], Causal())[-1] for check in _checks(recorded)]
         return _compare("check vectors, JAX", np.stack(found), np.array([check["hidden"] for check in recorded["checks"]], np.float32))
 
     def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
         progress("loading in PyTorch")
-        theirs = torch_side.TorchLanguageModel(folder, "float32" if self.export.dtype != "float32" else None)
-        rows = [list(ids) for ids in self.export.tokenizer.encode_batch(texts)]
+        theirs = torch_side.TorchLanguageModel(folder, "float32" if self.dtype != "float32" else None)
+        rows = [list(ids) for ids in self.tokenizer.encode_batch(texts)]
         progress("token ids")
         _count(rows, theirs.token_ids(texts), report)
-        rows = [ids[: self.export.max_length] for ids in rows if ids]
+        rows = [ids[: self.max_length] for ids in rows if ids]
         progress("layers")
-        report.layers += _compare_layers(self.export.params, self.model, theirs, rows, Causal())
+        report.layers += _compare_layers(self.params, self.model, theirs, rows, Causal())
         progress("logits")
         report.checks.append(self._logits("logits", rows, theirs, FLOAT32_BAR))
-        if self.export.dtype == "bfloat16":
+        if self.dtype == "bfloat16":
             progress("bfloat16")
             del theirs
             report.checks.append(self._logits("logits as loaded, bfloat16", rows, torch_side.TorchLanguageModel(folder), BFLOAT16_BAR))
 
     def _logits(self, name: str, rows: list[list[int]], theirs: torch_side.TorchLanguageModel, bar: float) -> Check:
-        ours = [np.asarray(self.embedder.logits(self.export.params, _states(self.export.params, self.model, ids, Causal()))) for ids in rows]
+        ours = [np.asarray(self.embedder.logits(self.params, _states(self.params, self.model, ids, Causal()))) for ids in rows]
         return _compare(name, np.concatenate(ours), np.concatenate([theirs.logits(ids) for ids in rows]), bar)
 
 
