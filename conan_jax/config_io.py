@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -20,6 +21,7 @@ import pydantic
 
 from conan_jax import config
 from conan_jax.errors import ConanError, ConfigError
+from conan_jax.files import read_json
 
 VARIANTS = ("full", "tiny")
 
@@ -51,6 +53,25 @@ def load_run(spec: str, overrides: typing.Sequence[str] = ()) -> config.Run:
     if not isinstance(run, config.Run):
         raise ConfigError(f"{path}: get_config() must return a conan_jax.config.Run, got {type(run).__name__}")
     return override(run, overrides)
+
+
+def start_from(run: config.Run, place: str) -> config.Run:
+    """`run` with the weights, the model and the tokenizer of another one: RUN, RUN/STAGE or RUN/STAGE@STEP, imported runs among them.
+
+    How the model is computed (dtype, rematerialisation, attention, pooling, dropout) stays as `run` says. Raises `ConfigError` when
+    there is no run.
+    """
+    folder = Path(re.sub(r"@\d+$", "", place))
+    settings = next((path / "config.json" for path in (folder, folder.parent) if (path / "config.json").is_file()), None)
+    if settings is None:
+        raise ConfigError(f"there is no run in {folder}: it has no config.json. Import a model with `conan import hf`, or name another run")
+    source = from_dict(read_json(settings))
+    kept = {key: getattr(run.model, key) for key in
+            ("compute_dtype", "scan_layers", "remat", "attention", "attention_block_size", "pooling", "hidden_dropout")}
+    beside = settings.parent / "data" / "tokenizer"  # also when the run was moved since
+    path = str(beside) if beside.is_dir() else source.tokenizer.path or f"{source.data_dir}/tokenizer"
+    tokenizer = config.Tokenizer(vocab_size=source.tokenizer.vocab_size, path=path)
+    return dataclasses.replace(run, init_from=place, model=dataclasses.replace(source.model, **kept), tokenizer=tokenizer)
 
 
 def to_dict(value: Any) -> Any:

@@ -34,7 +34,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _mount() -> None:
-    from conan_jax.cli import config, data, demo, export, launch, preflight, search, tokenizer, train, verify
+    from conan_jax.cli import config, data, demo, export, import_, launch, preflight, search, tokenizer, train, verify
 
     app.command("demo")(demo.demo)
     app.command("train")(train.train)
@@ -44,6 +44,7 @@ def _mount() -> None:
     app.command("export")(export.export)
     app.command("verify")(verify.verify)
     app.command("report")(train.report)
+    app.add_typer(import_.app, name="import")
     app.add_typer(data.app, name="data")
     app.add_typer(tokenizer.app, name="tokenizer")
     app.add_typer(config.app, name="config")

@@ -98,6 +98,7 @@ class Recipe:
                 tokenizer_sha256=tokenizer.sha256,
                 folder=folder,
                 previous_folder=self._previous_folder(stage_config),
+                init_from=self._init_from() if stage_config is self.run.stages[0] else None,
                 console=self.console,
                 fallback=fallback,
             )
@@ -122,6 +123,11 @@ class Recipe:
         if trained or set(done) != {e.name for e in self.evaluations}:
             self._evaluate(folder.name, Encoder.load(folder), folder / "evaluation.json")
 
+    def _init_from(self) -> str | None:
+        from conan_jax.data.locations import expand_variables
+
+        return None if self.run.init_from is None else expand_variables(self.run.init_from)
+
     def _previous_folder(self, stage_config: config.AnyStage) -> Path | None:
         names = [s.name for s in self.run.stages]
         index = names.index(stage_config.name)
@@ -141,15 +147,25 @@ class Recipe:
             )
         return self._evaluations
 
+    def _untrained(self) -> Any:
+        """The model before its first step: random weights, or those that `init_from` names."""
+        from conan_jax.inference.encoder import Encoder
+        from conan_jax.inference.load import untrained
+        from conan_jax.train import checkpoint
+
+        loaded, place = untrained(self.run, self.prepare().tokenizer), self._init_from()
+        if place is not None:
+            folder, step = checkpoint.locate(place)
+            loaded = loaded._replace(params=checkpoint.restore_params(folder, step), identity={**loaded.identity, "init_from": place})
+        return Encoder(*loaded)
+
     def _evaluate_baselines(self) -> None:
         """The model before its first step, and BM25 on the retrieval sets."""
-        from conan_jax.inference.encoder import Encoder
         from conan_jax.eval.retrieval import evaluate_bm25
 
         names = {e.name for e in self.evaluations}
         if set(read_json(self.folder / "untrained" / "evaluation.json", {})) != names:
-            encoder = Encoder.untrained(self.run, self.prepare().tokenizer)
-            self._evaluate("untrained", encoder, self.folder / "untrained" / "evaluation.json")
+            self._evaluate("untrained", self._untrained(), self.folder / "untrained" / "evaluation.json")
         retrieval = [e for e in self.evaluations if e.kind == "retrieval"]
         if set(read_json(self.folder / "bm25" / "evaluation.json", {})) != {e.name for e in retrieval}:
             with self._timed("evaluate"):
@@ -213,7 +229,7 @@ class Recipe:
             return
         old, new = config_io.flatten(config_io.from_dict(before)), config_io.flatten(self.run)
         begun = [s.name for s in stages if (self.folder / s.name / "checkpoints").exists()]
-        prefixes = ("model.", "tokenizer.", "datasets.", "seed", *(f"{name}." for name in begun))
+        prefixes = ("model.", "tokenizer.", "datasets.", "seed", "init_from", *(f"{name}." for name in begun))
         changed = [
             key for key in sorted(old.keys() | new.keys())
             if begun and key.startswith(prefixes) and key.rsplit(".", 1)[-1] not in FREE_KEYS and old.get(key) != new.get(key)

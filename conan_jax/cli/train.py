@@ -19,6 +19,8 @@ def train(
     config: str = ConfigArgument,
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
+    init_from: str = typer.Option(None, "--init-from", metavar="RUN", help="Start from the weights of this run, with its model and "
+                                  "tokenizer: RUN, RUN/STAGE or RUN/STAGE@STEP. `conan import hf` makes one of a Hugging Face folder."),
     fresh: bool = typer.Option(False, "--fresh", help="Train anew: forget the checkpoints of these stages and of all that follow."),
     fallback: bool = typer.Option(False, "--fallback", help="Set a damaged checkpoint aside and go on from the good one before it."),
     as_json: bool = typer.Option(False, "--json", help="Print summary.json at the end, and progress on standard error."),
@@ -36,12 +38,15 @@ def train(
 
         CONAN_DATA=/data conan train configs/small_multilingual.py
 
+        CONAN_DATA=/data conan train configs/small_multilingual.py --init-from runs/qwen3 --set name=tuned
+
         CONAN_DATA=/data conan train configs/conan_v2.py:tiny --set weak.soft_mask.schedule=accelerate
     """
     from conan_jax import config_io
     from conan_jax.cli.recipe import together
 
-    with together(config_io.load_run(config, overrides), on_stderr=as_json) as (recipe, peers):
+    run = config_io.load_run(config, overrides)
+    with together(config_io.start_from(run, init_from) if init_from else run, on_stderr=as_json) as (recipe, peers):
         summary = recipe.train(peers, stage, fresh, fallback)
         peers.alone("report", lambda: _finish(recipe, summary, as_json))
 

@@ -27,6 +27,7 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()
     seed: int = 0
     output_dir: str = ""  # default runs/NAME
+    init_from: str | None = None  # RUN, RUN/STAGE or RUN/STAGE@STEP whose weights the first stage starts from; None: random ones
     data_dir: str = ""  # prepared data, shareable between runs; default OUTPUT_DIR/data
     watchdog_seconds: int = 1800  # a step, a compilation or a save that takes longer is taken for a hang
 
@@ -42,7 +43,8 @@ class Run:
         known = {d.name for d in self.datasets}
         for owner, used in self._dataset_uses():
             check(used in known, f"{owner} uses dataset {used!r}, which the run does not define (known: {', '.join(sorted(known))})")
-        check(self.tokenizer.vocab_size <= self.model.vocab_size,
+        check(self.init_from is None or self.init_from.strip() != "", "init_from names no folder; leave it null to start from scratch")
+        check(self.tokenizer.path is not None or self.tokenizer.vocab_size <= self.model.vocab_size,
                f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}")
         for stage in self.stages:
             for dim in getattr(stage, "matryoshka", Matryoshka()).dims:

@@ -54,7 +54,7 @@ class JsonTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> JsonTokenizer:
-        """Read the folder that `save` wrote, or one of Hugging Face: the special ids then stand in `tokenizer_config.json`, else `config.json`.
+        """Read the folder that `save` wrote, or one of Hugging Face, whose special ids stand in `tokenizer_config.json`, else `config.json`.
 
         Raises `DataError` when a file is missing or damaged, or nothing says which token ends a text.
         """
@@ -70,8 +70,8 @@ class JsonTokenizer:
             raise DataError(f"{folder / SETTINGS_FILE} lacks {error}; copy it anew or import the model again") from None
         tokenizer = cls(content, **ids, settings=settings, origin=str(folder / JSON_FILE))
         if recorded != tokenizer.sha256:
-            raise DataError(f"{folder / JSON_FILE} and its special ids have sha256 {tokenizer.sha256}, but {SETTINGS_FILE} says {recorded}: "
-                            "it was altered; copy it anew or import the model again")
+            raise DataError(f"{folder / JSON_FILE} with its special ids has sha256 {tokenizer.sha256}, but {SETTINGS_FILE} says "
+                            f"{recorded}: it was altered; copy it anew or import the model again")
         return tokenizer
 
     def encode(self, text: str) -> list[int]:

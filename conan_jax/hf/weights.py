@@ -62,6 +62,15 @@ class Tensors(Mapping[str, np.ndarray]):
             raise KeyError(name)
         return self._get(name)
 
+    def size(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return prod(self.shapes[name]) * self.dtypes[name].itemsize
+
+    def without(self, name: str) -> Tensors:
+        """All but one."""
+        shapes = {other: shape for other, shape in self.shapes.items() if other != name}
+        return Tensors(shapes, {other: self.dtypes[other] for other in shapes}, self._get)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -86,7 +95,7 @@ def places(model: config.Model) -> dict[str, Place]:
     return found
 
 
-def to_tensors(params: Any, model: config.Model, *, architecture: str | None = None, dtype: str = "float32", causal: bool = False) -> Tensors:
+def to_tensors(params: Any, model: config.Model, *, dtype: str = "float32", causal: bool = False) -> Tensors:
     """The tensors of a Hugging Face folder.
 
     The bare model has names without prefix and no output table; the causal one has the prefix `model.`, and `lm_head.weight` where
@@ -94,7 +103,6 @@ def to_tensors(params: Any, model: config.Model, *, architecture: str | None = N
 
     Args:
         params: the Embedder's tree.
-        architecture: as `to_hf_config`, which refuses what does not fit: the names are the same in all of them.
         dtype: a key of `DTYPES`.
 
     Raises:
@@ -129,10 +137,13 @@ def is_causal_form(names: Mapping[str, Any]) -> bool:
     return any(name.startswith("model.") for name in names)
 
 
-def from_tensors(tensors: Mapping[str, np.ndarray], model: config.Model, where: str = "the tensors") -> Any:
+def from_tensors(
+    tensors: Mapping[str, np.ndarray], model: config.Model, where: str = "the tensors", progress: Callable[[int], None] | None = None
+) -> Any:
     """The Embedder's tree, float32 NumPy arrays with the layers stacked, from either form.
 
-    A head that a tied `model` has no place for must equal the embeddings. `where` names the folder in errors.
+    A head that a tied `model` has no place for must equal the embeddings. `where` names the folder in errors, `progress` is
+    called with the bytes of each tensor.
 
     Raises:
         CheckpointError: a tensor is missing, is not the model's, has another shape, or holds numbers that are not finite.
@@ -159,10 +170,12 @@ def from_tensors(tensors: Mapping[str, np.ndarray], model: config.Model, where: 
             if stack is None:
                 stack = node[place.path[-1]] = np.empty((model.num_layers, *array.shape), np.float32)
             stack[place.layer] = array
+        if progress is not None:
+            progress(array.nbytes)
     if _HEAD in tensors and _HEAD not in wanted:
         if not np.array_equal(_checked(tensors, _HEAD, wanted[f"{prefix}embed_tokens.weight"].shape, where), params["embedding"]):
-            raise CheckpointError(f"{where}: tie_word_embeddings is true in its config.json, and {_HEAD} is not the table of the embeddings; "
-                                  "set it to false there")
+            raise CheckpointError(f"{where}: tie_word_embeddings is true in its config.json, and {_HEAD} is not the table of the "
+                                  "embeddings; set it to false there")
     return params
 
 

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from conan_jax import config
-from conan_jax.config_io import to_dict
+from conan_jax.config_io import from_dict, to_dict
 from conan_jax.errors import CheckpointError
+from conan_jax.files import read_json
 from conan_jax.stages.base import Params
 from conan_jax.train import manifest, step_folders, together
 from conan_jax.train.state import TrainState
@@ -41,6 +42,8 @@ FORMAT = 1
 # How the same weights are computed; everything else under `model` decides what they are or mean.
 _FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
                     "attention", "attention_block_size"}
+# What may differ besides where a recipe starts from the weights of another one.
+_FREE_AT_A_START = {"pooling", "hidden_dropout"}
 _MEETINGS = itertools.count()  # every meeting of processes has its own name
 # Orbax raises what goes wrong in its threads, and we explain it; it logs the traceback as well.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -99,6 +102,18 @@ def _on_process_0(doing: str, action: Callable[[], None], advice: Callable[[], s
     except CheckpointError as error:
         failure = error
     _agree(failure)
+
+
+def write_weights(folder: Path, step: int, params: Params, metadata: dict[str, Any]) -> None:
+    """A checkpoint of weights that were not trained here: no optimizer state, so nothing resumes it, and every stage can start from it.
+
+    Raises `CheckpointError` when the disk is too full.
+    """
+    zero = np.zeros((), np.int32)
+    state = TrainState(step=zero + np.int32(step), params=params, opt_state={}, carry={}, skipped=zero, skipped_in_row=zero)
+    with contextlib.closing(Checkpoints(folder, keep=1, metadata=metadata)) as checkpoints:
+        checkpoints.save(step, state)
+        checkpoints.wait()
 
 
 class Checkpoints:
@@ -271,7 +286,7 @@ class Start:
     `damaged`: newer steps that were set aside, because files of theirs were not as written.
     """
 
-    kind: Literal["resume", "previous", "scratch"]
+    kind: Literal["resume", "previous", "initial", "scratch"]
     folder: Path | None = None
     step: int = 0
     damaged: tuple[int, ...] = ()
@@ -279,14 +294,17 @@ class Start:
 
     def __str__(self) -> str:
         aside = f", the damaged step {' and '.join(map(str, self.damaged))} set aside" if self.damaged else ""
-        return {"resume": f"resume {self.folder} at step {self.step}", "previous": f"weights of {self.folder} (step {self.step})",
+        weights = f"weights of {self.folder} (step {self.step})"
+        return {"resume": f"resume {self.folder} at step {self.step}", "previous": weights, "initial": f"{weights}, as init_from says",
                 "scratch": "from scratch"}[self.kind] + aside
 
 
-def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, fallback: bool = False) -> Start:
-    """The start rule: resume own run -> previous stage's weights -> scratch. All processes call it together and agree.
+def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, fallback: bool = False,
+               init_from: str | None = None) -> Start:
+    """The start rule: resume own run -> previous stage's weights -> those of `init_from` -> scratch. All processes call it together.
 
-    A damaged step is refused; with `fallback` it is set aside as `STEP.damaged` and the newest good one before it is used.
+    `init_from` is for a first stage, as `locate` takes it. A damaged step is refused; with `fallback` it is set aside as
+    `STEP.damaged` and the newest good one before it is used.
     Raises `CheckpointError` when there is no good one, when it belongs to another tokenizer or model, or when the previous
     stage stopped half-way.
     """
@@ -295,6 +313,10 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
         check_compatible(folder, read_metadata(folder, own), model, tokenizer_sha256)
         return Start("resume", folder, own, damaged, verified=True)
     previous, damaged = _good_step(previous_folder, fallback) if previous_folder is not None else (None, ())
+    if previous is None and init_from is not None:
+        place, step = locate(init_from)
+        check_compatible(place, read_metadata(place, step), model, tokenizer_sha256, _FREE_AT_A_START)
+        return Start("initial", place, step)
     if previous is None:
         return Start("scratch")
     metadata = read_metadata(previous_folder, previous)
@@ -323,21 +345,41 @@ def _good_step(folder: Path, fallback: bool) -> tuple[int | None, tuple[int, ...
     return None, ()
 
 
-def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str) -> None:
-    """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values."""
+def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str,
+                     free: Set[str] = frozenset()) -> None:
+    """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values; `free`: those that may."""
     if metadata["tokenizer_sha256"] != tokenizer_sha256:
         raise CheckpointError(f"{folder} was trained with tokenizer {metadata['tokenizer_sha256']} "
                               f"and this run has tokenizer {tokenizer_sha256}: the same ids would mean other text; "
                               "use the tokenizer it was trained with, or another output_dir")
-    stored, ours = metadata["config"]["model"], to_dict(model)
-    differing = [key for key in sorted(stored.keys() | ours.keys()) if key not in _FREE_MODEL_KEYS and stored.get(key) != ours.get(key)]
+    # A key that an earlier version did not know had its default there.
+    stored, ours = {**to_dict(config.Model()), **metadata["config"]["model"]}, to_dict(model)
+    differing = [key for key in sorted(stored.keys() | ours.keys())
+                 if key not in _FREE_MODEL_KEYS | free and stored.get(key) != ours.get(key)]
     if differing:
         pairs = ", ".join(f"model.{key} is {stored.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
         raise CheckpointError(f"{folder} holds another model: {pairs}; change the configuration back, or use another output_dir")
 
 
+def locate(place: str | Path) -> tuple[Path, int]:
+    """(stage folder, step) of what `RUN`, `RUN/STAGE` or `RUN/STAGE@STEP` names: by default the last stage that has steps, and its newest.
+
+    Raises `CheckpointError` when there is no such complete step.
+    """
+    text = str(place)
+    name, at, number = text.rpartition("@")
+    folder, step = (Path(name), int(number)) if at and number.isdecimal() else (Path(text), None)
+    if latest_step(folder) is None and (settings := read_json(folder / "config.json")) is not None:
+        names = [stage.name for stage in from_dict(settings).stages]
+        trained = [folder / name for name in names if latest_step(folder / name) is not None]
+        if not trained:
+            raise CheckpointError(f"no stage of {folder} has a complete checkpoint; train it first, or name another folder")
+        folder = trained[-1]
+    return folder, step_folders.existing(folder, step)
+
+
 def load_start(start: Start, abstract: TrainState, scratch: Callable[[], Params], begin: Callable[[Params], TrainState]) -> TrainState:
-    """The first state: resumed whole, or begun from the previous stage's weights, or from `scratch()` ones."""
+    """The first state: resumed whole, or begun from the weights of another stage, or from `scratch()` ones."""
     if start.kind == "resume":
         return restore_state(start.folder, start.step, abstract, start.verified)
-    return begin(restore_params(start.folder, start.step, abstract.params, start.verified) if start.kind == "previous" else scratch())
+    return begin(scratch() if start.folder is None else restore_params(start.folder, start.step, abstract.params, start.verified))

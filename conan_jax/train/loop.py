@@ -43,13 +43,14 @@ class StageResult:
 
 def train_stage(
     run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, pipeline: Any, tokenizer_sha256: str, folder: Path,
-    previous_folder: Path | None = None, console: Console | None = None, stop: Callable[[], bool] | None = None,
-    devices: list[jax.Device] | None = None, fallback: bool = False,
+    previous_folder: Path | None = None, init_from: str | None = None, console: Console | None = None,
+    stop: Callable[[], bool] | None = None, devices: list[jax.Device] | None = None, fallback: bool = False,
 ) -> StageResult:
     """Train one stage to its last step, from wherever `checkpoint.find_start` says. Every process of a run calls it alike.
 
     Args:
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
+        init_from: where the weights of a first stage come from, as `checkpoint.locate` takes it.
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
         fallback: a damaged checkpoint is set aside for the newest good one before it, instead of refused.
@@ -61,7 +62,7 @@ def train_stage(
         PeerError: another process is gone.
     """
     console, is_main = console or Console(), distributed.is_main()
-    start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback)
+    start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback, init_from)
     if start.kind == "resume" and start.step >= stage_config.steps:
         console.print(f"stage {stage_config.name}: complete at step {start.step:,}", highlight=False, markup=False)
         record = metrics.last_record(folder / "metrics.jsonl") or {}
