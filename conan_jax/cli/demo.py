@@ -66,14 +66,14 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
     from conan_jax.cli.tables import results_table
     from conan_jax.data.locations import resolve
     from conan_jax.inference.encoder import Encoder
-    from conan_jax.inference.search import build_index, search
+    from conan_jax.inference.search import VECTORS, Corpus, build_index, index_documents, search
     from conan_jax.files import write_json
     from conan_jax.train.report import write_report
 
     run, console = recipe.run, recipe.console
     encoder = Encoder.load(recipe.folder / run.stages[-1].name)
     index = build_index(encoder, Path(resolve(run, "docstrings:search")), recipe.folder / "index")
-    answers = {question: search(index, encoder, question, 3) for question in QUESTIONS}
+    answers = dict(zip(QUESTIONS, search(Corpus([index / VECTORS]), encoder, QUESTIONS, 3, documents=index_documents(index))))
     write_json(recipe.folder / "searches.json", answers)
     report_file = write_report(recipe.folder)
     for question in QUESTIONS[:2]:

@@ -34,15 +34,17 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def _mount() -> None:
-    from conan_jax.cli import config, data, demo, export, import_, launch, preflight, search, tokenizer, train, verify
+    from conan_jax.cli import config, data, demo, encode, export, import_, launch, merge, preflight, search, tokenizer, train, verify
 
     app.command("demo")(demo.demo)
     app.command("train")(train.train)
     app.command("prepare")(train.prepare)
     app.command("preflight")(preflight.preflight)
+    app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
     app.command("search")(search.search)
     app.command("export")(export.export)
     app.command("verify")(verify.verify)
+    app.command("merge")(merge.merge)
     app.command("report")(train.report)
     app.add_typer(import_.app, name="import")
     app.add_typer(data.app, name="data")

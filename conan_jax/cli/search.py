@@ -1,54 +1,93 @@
-"""`conan search`: ask a trained model about the documentation of this machine's packages."""
+"""`conan search`: ask a trained model about texts it has encoded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conan_jax.errors import ConfigError, DataError
+
 
 def search(
-    query: str = typer.Argument(..., help="What you look for, in plain words."),
-    run: Path = typer.Option(Path("runs/demo"), "--run", help="The folder of a run that has a search index."),
-    k: int = typer.Option(5, "-k", "--top", min=1, help="How many answers."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON list of answers."),
+    query: Annotated[Optional[str], typer.Argument(help="What you look for, in plain words.")] = None,
+    run: Annotated[Path, typer.Option("--run", help="The folder of a run with the index that `conan demo` makes.")] = Path("runs/demo"),
+    corpus: Annotated[Optional[list[Path]], typer.Option(
+        "--corpus", metavar="FILE", help="What `conan encode` wrote; several times for its shards, in order.")] = None,
+    model: Annotated[Optional[Path], typer.Option("--model", help="Folder of the run or export that encoded the corpus.")] = None,
+    documents: Annotated[Optional[str], typer.Option("--documents", metavar="IN.jsonl", help="What was encoded, to show its texts.")] = None,
+    text_field: Annotated[str, typer.Option("--field", help="The field of the documents that holds the text.")] = "text",
+    queries: Annotated[Optional[Path], typer.Option("--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY.")] = None,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many answers.")] = 5,
+    prompt_name: Annotated[Optional[str], typer.Option("--prompt-name", help="Which of the model's prompts stands before a query.")] = None,
+    prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before a query.  [dim]default: the prompt \"query\"[/dim]")] = None,
+    faiss: Annotated[bool, typer.Option("--faiss", help="Approximate, through a faiss index made beside the corpus (extra).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of answers; of --queries, one {query, answers} a line.")] = False,
 ) -> None:
-    """Find the documented objects nearest in meaning to a question.
+    """Find the texts nearest in meaning to a question: in the demo's documentation, or in any corpus.
+
+    The search is exact and runs on the device, a block of the corpus at a time.
 
     Examples:
 
         conan search "how do I read a file line by line"
 
-        conan search "weighted mean of an array" -k 10
+        conan search "weighted mean of an array" -k 10 --json
 
-        conan search "parse a date" --json
+        conan search "heat pumps" --corpus out.npy --documents in.jsonl --model exports/small
+
+        conan search --queries questions.txt --corpus part1.npy --corpus part2.npy --model runs/small -k 100 --json
     """
-    from conan_jax.errors import DataError
+    asked = _queries(query, queries)
     from conan_jax.inference.encoder import Encoder
-    from conan_jax.inference.search import META
+    from conan_jax.inference.search import DOCUMENTS, VECTORS, Corpus, index_documents
     from conan_jax.inference.search import search as find
+    from conan_jax.inference.source import TextSource
 
-    index = run / "index"
-    if not (index / META).is_file():
-        raise DataError(f"there is nothing to search in {run}: run `conan demo` (or `make demo`) first, or name another run with --run")
-    answers = find(index, Encoder.load(run), query, k)
-    if as_json:
-        typer.echo(json.dumps(answers, indent=2, ensure_ascii=False))
+    if corpus is None:
+        if not (run / "index" / VECTORS).is_file() or not (run / "index" / DOCUMENTS).is_file():
+            raise DataError(f"there is nothing to search in {run}: run `conan demo` (or `make demo`) first, name another run with --run, "
+                            "or a corpus of your own with --corpus")
+        model, opened, source = model or run, Corpus([run / "index" / VECTORS]), index_documents(run / "index")
+    elif model is None:
+        raise ConfigError("--corpus needs --model, the folder of the run or export that encoded it")
     else:
-        Console().print(results_table(query, answers))
+        opened, source = Corpus(corpus), TextSource(documents, text_field) if documents else None
+    answers = find(opened, Encoder.load(model), asked, k, prompt_name=prompt_name, prompt=prompt, documents=source, approximate=faiss)
+    for question, found in zip(asked, answers):
+        if not as_json:
+            Console().print(results_table(question, found))
+        elif queries is None:
+            typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        else:
+            typer.echo(json.dumps({"query": question, "answers": found}, ensure_ascii=False))
+
+
+def _queries(query: str | None, file: Path | None) -> list[str]:
+    if (query is None) == (file is None):
+        raise ConfigError("give either a QUERY or --queries FILE")
+    if file is None:
+        return [query or ""]
+    try:
+        asked = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    if not asked:
+        raise DataError(f"{file} holds no queries; write one a line")
+    return asked
 
 
 def results_table(query: str, answers: list[dict[str, Any]]) -> Table:
-    """Answers as a table: cosine, qualified name, first sentence. Nothing in them is read as markup."""
+    """Answers as a table: cosine, id, first sentence. Nothing in them is read as markup."""
     table = Table(title=Text(query, style="bold"), title_justify="left", show_edge=False, pad_edge=False, expand=False)
     table.add_column("score", justify="right", style="cyan", no_wrap=True)
     table.add_column("name", style="bold", overflow="fold")
     table.add_column("what it says")
     for answer in answers:
-        table.add_row(f"{answer['score']:.3f}", Text(str(answer["id"])), Text(str(answer.get("summary") or answer["text"])[:160]))
+        table.add_row(f"{answer['score']:.3f}", Text(str(answer["id"])), Text(str(answer.get("summary") or answer.get("text", ""))[:160]))
     return table

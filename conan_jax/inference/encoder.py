@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Num
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from conan_jax import config
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
@@ -49,7 +50,7 @@ class Encoder:
     """
 
     def __init__(
-        self, params: Any, model: config.Model, tokenizer: Any, mask: Mask = Bidirectional(), identity: Mapping[str, Any] | None = None,
+        self, params: Any, model: config.Model, tokenizer: AnyTokenizer, mask: Mask = Bidirectional(), identity: Mapping[str, Any] | None = None,
         prompts: Mapping[str, str] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
@@ -69,7 +70,7 @@ class Encoder:
         return cls(*load(folder))
 
     @classmethod
-    def untrained(cls, run: config.Run, tokenizer: Any) -> Encoder:
+    def untrained(cls, run: config.Run, tokenizer: AnyTokenizer) -> Encoder:
         """The model of `run` before its first step, with its first stage's mask at step 0: what training is measured against."""
         return cls(*untrained(run, tokenizer))
 

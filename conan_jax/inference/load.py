@@ -12,7 +12,7 @@ import jax
 from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
 from conan_jax.data.manifest import sha256_of
-from conan_jax.data.tokenizer import MODEL_FILE, Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, DataError
 from conan_jax.files import read_json
 from conan_jax.hf.weights import from_tensors, read_tensors
@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
 
     params: Any
     model: config.Model
-    tokenizer: Any
+    tokenizer: AnyTokenizer
     mask: Mask
     identity: dict[str, Any]
     prompts: dict[str, str]
@@ -47,7 +47,7 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(_stage_folder(folder))
 
 
-def untrained(run: config.Run, tokenizer: Any) -> Loaded:
+def untrained(run: config.Run, tokenizer: AnyTokenizer) -> Loaded:
     """The model of `run` before its first step, with its first stage's mask at step 0: what training is measured against."""
     embedder = Embedder(run.model)
     params = jax.jit(embedder.init)(jax.random.key(run.seed))
@@ -60,7 +60,7 @@ def _load_stage(folder: Path) -> Loaded:
     run = config_io.from_dict(metadata["config"])
     stage = run.stage(metadata["stage"])
     mask = make_stage(stage, Embedder(run.model)).mask(stage.steps)
-    tokenizer = _find_tokenizer(run, folder, metadata["tokenizer_sha256"])
+    tokenizer = find_tokenizer(run, folder, metadata["tokenizer_sha256"])
     identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
     return Loaded(checkpoint.restore_params(folder, metadata["step"]), run.model, tokenizer, mask, identity, prompts_of(run))
 
@@ -76,15 +76,7 @@ def _load_export(folder: Path) -> Loaded:
         identity, prompts = dict(described["identity"]), dict(described["prompts"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / EXPORT_FILE} is damaged ({type(error).__name__}: {error}); export the run again") from error
-    return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, _export_tokenizer(folder), mask, identity, prompts)
-
-
-def _export_tokenizer(folder: Path) -> Tokenizer:
-    """Not `Tokenizer.load`: the tokenizer.json beside it is that of other libraries here."""
-    file = folder / MODEL_FILE
-    if not file.is_file():
-        raise CheckpointError(f"there is no {file}; copy the folder anew, or export the run again")
-    return Tokenizer(file.read_bytes(), origin=str(file))
+    return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, Tokenizer.load(folder), mask, identity, prompts)
 
 
 def _refuse_altered(folder: Path) -> None:
@@ -114,7 +106,7 @@ def _stage_folder(folder: Path) -> Path:
     return trained[-1]
 
 
-def _find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> Tokenizer:
+def find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> AnyTokenizer:
     """The tokenizer with the recorded sha256, beside the checkpoints or where the recipe put it."""
     places = [stage_folder.parent / "data" / "tokenizer", Path(run.data_dir) / "tokenizer"]
     seen = []

@@ -64,6 +64,19 @@ def quantize(
     return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)
 
 
+def dequantize(vectors: Num[np.ndarray, "N W"], precision: Precision, dimension: int, ranges: Float[np.ndarray, "2 D"] | None = None
+               ) -> Float32[np.ndarray, "N D"]:
+    """Numbers to compare with a float32 query: the middle of each level of int8 and uint8, +-1 / sqrt(D) of a bit."""
+    if precision == "float32":
+        return np.asarray(vectors, np.float32)
+    if precision.endswith("binary"):
+        bits = np.unpackbits(vectors.view(np.uint8) ^ (128 if precision == "binary" else 0), axis=-1, count=dimension)
+        return (bits * np.float32(2) - 1) / np.float32(np.sqrt(dimension))
+    low, high = _checked(np.asarray(ranges, np.float32), dimension)
+    levels = vectors.astype(np.float32) + (128.5 if precision == "int8" else 0.5)
+    return low + levels * ((high - low) / 255)
+
+
 def _checked(ranges: np.ndarray, dimension: int) -> np.ndarray:
     if ranges.shape != (2, dimension):
         raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {ranges.shape}")

@@ -1,97 +1,215 @@
-"""Semantic search over a file of documents: encode once, ask many times.
-
-    INDEX/vectors.npy   Float32[N, D], L2-normalised
-    INDEX/docs.jsonl    the documents, one line a row of vectors.npy
-    INDEX/meta.json     count, dimension, and the identity of the encoder (run, stage, step, tokenizer sha256)
-"""
+"""Semantic search over encoded corpora: encode once (`inference.corpus`), ask many times."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from conan_jax.errors import DataError
-from conan_jax.files import replacing, write_file, write_json
+from conan_jax.files import read_json
+from conan_jax.inference.corpus import FORMAT, Settings, encode_corpus, ids_file, meta_file
+from conan_jax.inference.precision import DTYPES, dequantize, width
+from conan_jax.inference.source import TextSource
 from conan_jax.inference.top_k import top_k
 
-VECTORS, DOCUMENTS, META = "vectors.npy", "docs.jsonl", "meta.json"
+VECTORS, DOCUMENTS = "vectors.npy", "docs.jsonl"  # of an index folder
 
 Answer = dict[str, Any]
 
 
-def build_index(encoder: Any, docs_jsonl: str | Path, out_dir: str | Path, *, max_length: int = 64, batch_size: int = 64) -> Path:
-    """Encode the `text` of every line of `docs_jsonl` (objects with `id` and `text`) and write the index; returns its folder.
+class Corpus:
+    """One encoded corpus, or its shards in order, as float32 rows that are read when they are sliced.
 
-    `meta.json` goes last, so a folder that has it is complete. Raises `DataError` naming the line that is no such object.
+    `meta` is the description of the first part; `len` counts all rows. Raises `DataError` when a part is missing, unfinished or
+    damaged, or the parts were not made alike.
     """
-    docs = list(_read_documents(Path(docs_jsonl)))
-    if not docs:
-        raise DataError(f"{docs_jsonl} holds no documents")
-    longest = min(max_length, encoder.model.max_length)
-    vectors = encoder.encode_document([d["text"] for d in docs], max_length=longest, batch_size=batch_size)
-    out = Path(out_dir)
-    (out / META).unlink(missing_ok=True)
-    with replacing(out / VECTORS) as partial, open(partial, "wb") as file:
-        np.save(file, vectors, allow_pickle=False)
-    write_file(out / DOCUMENTS, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in docs))
-    meta = {"count": len(docs), "dimension": int(vectors.shape[1]), "encoder": encoder.identity}
-    write_json(out / META, meta)
-    return out
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
+        self.files = [Path(file) for file in files]
+        metas = [_read_meta(file) for file in self.files]
+        self.meta = metas[0]
+        self._parts = [_open_part(file, meta) for file, meta in zip(self.files, metas)]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._first_rows = [meta["first_row"] for meta in metas]
+        for file, meta in zip(self.files[1:], metas[1:]):
+            for key in ("encoder", "prompt", "dimension", "precision", "ranges", "max_length"):
+                if meta.get(key) != self.meta.get(key):
+                    raise DataError(f"{file} and {self.files[0]} are not of one corpus: {key} is {str(meta.get(key))[:80]} and "
+                                    f"{str(self.meta.get(key))[:80]}")
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: slice) -> Float32[np.ndarray, "n D"]:
+        start, stop, _ = rows.indices(len(self))
+        pieces = [part[max(start - first, 0) : stop - first] for part, first, end in zip(self._parts, self._starts, self._starts[1:])
+                  if start < end and stop > first]
+        vectors = np.concatenate(pieces) if pieces else np.zeros((0, width(self.meta["dimension"], self.meta["precision"])))
+        ranges = self.meta["ranges"]
+        return dequantize(vectors, self.meta["precision"], self.meta["dimension"], None if ranges is None else np.array(ranges, np.float32))
+
+    def numbers(self, rows: set[int]) -> dict[int, int]:
+        """Which text of the source, counted from 0, each of some rows is the vector of."""
+        parts = {row: int(np.searchsorted(self._starts, row, side="right")) - 1 for row in rows}
+        return {row: self._first_rows[part] + row - int(self._starts[part]) for row, part in parts.items()}
+
+    def ids(self, rows: set[int]) -> dict[int, str]:
+        """The ids of some rows; their `numbers` where none were kept."""
+        found = {row: str(number) for row, number in self.numbers(rows).items()}
+        for file, part, first in zip(self.files, self._parts, self._starts):
+            within = {row - int(first) for row in rows if first <= row < first + len(part)}
+            if within:
+                found |= {int(first) + row: name for row, name in _ids(file, part, within).items()}
+        return found
+
+    def check_encoder(self, encoder: Any) -> None:
+        """Raise `DataError` unless `encoder` has the weights that made these vectors."""
+        if self.meta["encoder"] != encoder.identity:
+            raise DataError(f"{self.files[0]} was made by {_name(self.meta['encoder'])}, not by {_name(encoder.identity)}; "
+                            "name that model with --model, or encode the corpus again")
 
 
-def search(index_dir: str | Path, encoder: Any, query: str, k: int = 5, *, prompt: str | None = None) -> list[Answer]:
-    """The k documents nearest to `query`, best first: each as it was indexed, with its cosine as `score`.
+def search(
+    corpus: Corpus, encoder: Any, queries: Sequence[str], k: int = 5, *, prompt_name: str | None = None, prompt: str | None = None,
+    documents: TextSource | None = None, approximate: bool = False,
+) -> list[list[Answer]]:
+    """For each query the k nearest texts of the corpus, best first: `id`, `row`, `score` (the cosine), and the fields of its record.
 
-    Raises `DataError` when the index is missing, damaged, or was made by another model, or the query is blank.
+    Args:
+        prompt_name, prompt: as `Encoder.encode_query`.
+        documents: what the corpus was encoded from, for the fields of an answer; its text stands in `text`.
+        approximate: through a faiss index beside the corpus, made at the first call.
+
+    Raises `DataError` when the corpus was made by another model, a query is blank, or `documents` holds other texts.
     """
-    if not query.strip():
-        raise DataError('the query is empty; ask something, for instance conan search "read a file line by line"')
-    vectors, docs = load_index(index_dir, encoder)
-    rows, scores = top_k(encoder.encode_query([query], prompt=prompt), vectors, k)
-    return [{"score": round(float(s), 4), **docs[int(r)]} for r, s in zip(rows[0], scores[0], strict=True)]
+    for query in queries:
+        if not query.strip():
+            raise DataError('a query is empty; ask something, for instance conan search "read a file line by line"')
+    corpus.check_encoder(encoder)
+    vectors = encoder.encode_query(list(queries), prompt_name, prompt, truncate_dim=corpus.meta["truncate_dim"])
+    if approximate:
+        from conan_jax.inference.approximate import nearest
+
+        rows, scores = nearest(vectors, corpus, k)
+    else:
+        rows, scores = top_k(vectors, corpus, k)
+    chosen = {int(row) for row in rows.reshape(-1) if row >= 0}
+    names = corpus.ids(chosen)
+    records = {} if documents is None else _records(documents, chosen, corpus)
+    return [[{"id": names[int(row)], "row": int(row), "score": round(float(score), 4), **records.get(int(row), {})}
+             for row, score in zip(*found) if row >= 0] for found in zip(rows, scores)]
 
 
-def load_index(index_dir: str | Path, encoder: Any) -> tuple[np.ndarray, list[Answer]]:
-    """(vectors Float32[N, D], documents) of an index that `encoder` made. Raises `DataError` as `search`."""
-    index = Path(index_dir)
-    if not (index / META).is_file():
-        raise DataError(f"there is no finished search index in {index}; build it with `conan demo`")
+def build_index(encoder: Any, documents: str | Path, folder: str | Path, *, max_length: int = 64) -> Path:
+    """An index folder: a copy of `documents` (jsonl with `id` and `text`) as docs.jsonl, and its vectors; returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta_file(folder / VECTORS).unlink(missing_ok=True)
+    (folder / DOCUMENTS).write_bytes(Path(documents).read_bytes())
+    encode_corpus(encoder, index_documents(folder), folder / VECTORS, Settings(max_length=min(max_length, encoder.model.max_length)))
+    return folder
+
+
+def index_documents(folder: Path) -> TextSource:
+    """The documents of an index folder."""
+    return TextSource(str(folder / DOCUMENTS), id_field="id")
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    if not file.is_file() or not meta_file(file).is_file():
+        what = "is not finished: start its `conan encode` again" if file.with_name(f".{file.name}.partial").is_dir() else \
+            f"is not there, or {meta_file(file).name} beside it is not; make it with `conan encode`"
+        raise DataError(f"{file} {what}")
+    meta = read_json(meta_file(file))
+    known = meta.get("format") == FORMAT and meta.get("precision") in DTYPES
+    if not known or not all(isinstance(meta.get(key), int) for key in ("count", "dimension", "first_row")) or "encoder" not in meta:
+        raise DataError(f"{meta_file(file)} is damaged, or of another version; encode the corpus again")
+    return meta
+
+
+def _open_part(file: Path, meta: dict[str, Any]) -> Any:
+    shape, dtype = (meta["count"], width(meta["dimension"], meta["precision"])), np.dtype(DTYPES[meta["precision"]])
     try:
-        meta = json.loads((index / META).read_text(encoding="utf-8"))
-        vectors = np.load(index / VECTORS, allow_pickle=False)
-        shape = (meta["count"], meta["dimension"])
-        made_by = meta["encoder"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the search index in {index} is damaged ({error}); remove the folder and run `conan demo` again") from error
-    docs = list(_read_documents(index / DOCUMENTS))
-    if vectors.shape != shape or vectors.dtype != np.float32 or len(docs) != shape[0]:
-        raise DataError(f"the search index in {index} is damaged: {vectors.dtype}{list(vectors.shape)} and {len(docs)} documents, "
-                        f"but {META} says {list(shape)}; remove the folder and run `conan demo` again")
-    if made_by != encoder.identity:
-        raise DataError(f"the search index in {index} was made by {_name(made_by)}, not by {_name(encoder.identity)}; "
-                        "run `conan demo` again to renew it")
-    return vectors, docs
+        part = _Parquet(file, dtype) if file.suffix == ".parquet" else np.load(file, mmap_mode="r", allow_pickle=False)
+        found, of = part.shape, part.dtype
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file} is damaged ({error}); encode the corpus again") from error
+    if found != shape or of != dtype:
+        raise DataError(f"{file} is damaged: it holds {of}{list(found)}, but {meta_file(file).name} says {dtype}{list(shape)}; "
+                        "encode the corpus again")
+    return part
+
+
+class _Parquet:
+    """The embedding column of a file, read a run of row groups at a time."""
+
+    def __init__(self, file: Path, dtype: np.dtype) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self.file = pq.ParquetFile(file)
+            column = self.file.schema_arrow.field("embedding").type
+            self.shape, self.dtype = (self.file.metadata.num_rows, column.list_size), np.dtype(column.value_type.to_pandas_dtype())
+        except (pa.ArrowException, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        groups = range(self.file.num_row_groups)
+        self._starts = np.cumsum([0, *(self.file.metadata.row_group(i).num_rows for i in groups)])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        first, last = (int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, max(stop - 1, start)))
+        table = self.file.read_row_groups(list(range(first, last + 1)), columns=["embedding"])
+        flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(-1, self.shape[1])[start - self._starts[first] : stop - self._starts[first]]
+
+    def ids(self, rows: set[int]) -> dict[int, str]:
+        names, number = {}, 0
+        for batch in self.file.iter_batches(columns=["id"]):
+            names |= {row: batch.column(0)[row - number].as_py() for row in rows if number <= row < number + len(batch)}
+            number += len(batch)
+        return names
+
+
+def _ids(file: Path, part: Any, rows: set[int]) -> dict[int, str]:
+    """The ids that were kept with a part."""
+    if isinstance(part, _Parquet):
+        return part.ids(rows)
+    if not ids_file(file).is_file():
+        return {}
+    with open(ids_file(file), encoding="utf-8") as lines:
+        names = {number: json.loads(line) for number, line in enumerate(lines) if number in rows}
+    if names.keys() != rows:
+        raise DataError(f"{ids_file(file)} has fewer lines than {file.name} has rows; encode the corpus again")
+    return names
+
+
+def _records(documents: TextSource, rows: set[int], corpus: Corpus) -> dict[int, Answer]:
+    """The records of some rows, read in one pass."""
+    if corpus.meta["source"] != documents.identity():
+        raise DataError(f"{documents.source} is not what {corpus.files[0]} was encoded from; name that with --documents, or encode the "
+                        "corpus again")
+    wanted: dict[int, list[int]] = {}
+    for row, number in corpus.numbers(rows).items():
+        wanted.setdefault(number, []).append(row)
+    found: dict[int, Answer] = {}
+    for number, item in enumerate(documents):
+        for row in wanted.pop(number, ()):
+            found[row] = {"text": item.text, **{key: value for key, value in item.record.items() if key not in ("row", "score")}}
+        if not wanted:
+            break
+    return found
 
 
 def _name(identity: dict[str, Any]) -> str:
     where = " ".join(str(identity[key]) for key in ("run", "stage") if key in identity) or "a model"
     return f"{where} step {identity.get('step', '?')} (tokenizer {str(identity.get('tokenizer_sha256', '?'))[:12]})"
-
-
-def _read_documents(path: Path) -> Iterator[Answer]:
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                doc = json.loads(line)
-                if not isinstance(doc, dict) or not isinstance(doc.get("id"), str) or not isinstance(doc.get("text"), str):
-                    raise DataError(f"{path}:{number} must be an object with the strings id and text")
-                yield doc
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: near line {number}, not a JSON object in UTF-8: {error}") from error

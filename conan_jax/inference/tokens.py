@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import encode_heads
 from conan_jax.errors import ConfigError
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def token_rows(tokenizer: Tokenizer, texts: Sequence[str], prompt: Sequence[int], longest: int) -> list[list[int]]:
+def token_rows(tokenizer: AnyTokenizer, texts: Sequence[str], prompt: Sequence[int], longest: int) -> list[list[int]]:
     """The ids of each text as the model reads it; a text is cut so that prompt, text and EOS are at most `longest` tokens.
 
     A lone surrogate, which is no Unicode text, is read as U+FFFD; every other character is read as it is. Of a text far longer
@@ -23,7 +23,7 @@ def token_rows(tokenizer: Tokenizer, texts: Sequence[str], prompt: Sequence[int]
     return [[*prompt, *content[:room], tokenizer.eos_id] for content in contents]
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, longest: int) -> list[int]:
+def prompt_tokens(tokenizer: AnyTokenizer, prompt: str, longest: int) -> list[int]:
     """The ids of a prompt, tokenised apart from any text. Raises `ConfigError` when it leaves no room for a token of text and EOS."""
     ids = tokenizer.encode(_valid(prompt)) if prompt else []
     if len(ids) + 2 > longest:

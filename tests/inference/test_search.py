@@ -7,7 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from conan_jax.errors import DataError
-from conan_jax.inference.search import build_index, search
+from conan_jax.inference.corpus import Settings, encode_corpus, meta_file
+from conan_jax.inference.search import Corpus, build_index, index_documents, search
+from conan_jax.inference.source import TextSource
+from conan_jax.inference.top_k import top_k
 from tests.eval.fakes import WordEncoder
 
 WORDS = "read file close socket parse date".split()
@@ -18,67 +21,198 @@ DOCS = [
 ]
 
 
+def write_docs(path, docs=DOCS):
+    path.write_text("".join(json.dumps(d) + "\n" for d in docs))
+    return path
+
+
 @pytest.fixture
 def index(tmp_path):
-    docs = tmp_path / "docs.jsonl"
-    docs.write_text("".join(json.dumps(d) + "\n" for d in DOCS))
-    return build_index(WordEncoder(WORDS), docs, tmp_path / "index")
+    return build_index(WordEncoder(WORDS), write_docs(tmp_path / "docs.jsonl"), tmp_path / "index")
+
+
+def ask(index, encoder, query, k):
+    return search(Corpus([index / "vectors.npy"]), encoder, [query], k, documents=index_documents(index))[0]
 
 
 def test_answers_are_the_nearest_documents_best_first(index):
-    answers = search(index, WordEncoder(WORDS), "date file date", 2)
+    answers = ask(index, WordEncoder(WORDS), "date file date", 2)
     assert [a["id"] for a in answers] == ["time.parse", "io.read"]
     assert answers[0]["score"] == pytest.approx(4 / 5, abs=1e-4) and answers[0]["text"] == "parse date date"
     assert json.loads(json.dumps(answers)) == answers
-    assert len(search(index, WordEncoder(WORDS), "read", 99)) == 3
+    assert len(ask(index, WordEncoder(WORDS), "read", 99)) == 3
 
 
 def test_the_index_is_plain_files(index):
-    assert {p.name for p in index.iterdir()} == {"vectors.npy", "docs.jsonl", "meta.json"}
+    assert {p.name for p in index.iterdir()} == {"vectors.npy", "vectors.npy.json", "vectors.npy.ids.jsonl", "docs.jsonl"}
     assert np.load(index / "vectors.npy", allow_pickle=False).dtype == np.float32
-    assert json.loads((index / "meta.json").read_text())["count"] == 3
+    assert json.loads((index / "vectors.npy.json").read_text())["count"] == 3
 
 
 def test_another_model_is_refused(index):
     with pytest.raises(DataError, match="was made by words s step 1 .* not by other s step 1"):
-        search(index, WordEncoder(WORDS, name="other"), "read", 1)
+        ask(index, WordEncoder(WORDS, name="other"), "read", 1)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "meta.json").unlink(), "no finished search index"),
-    (lambda f: (f / "meta.json").write_text("{"), "is damaged"),
-    (lambda f: (f / "meta.json").write_text("{}"), "is damaged"),
+    (lambda f: (f / "vectors.npy").unlink(), "make it with `conan encode`"),
+    (lambda f: (f / "vectors.npy.json").unlink(), "make it with `conan encode`"),
+    (lambda f: (f / "vectors.npy.json").write_text("{"), "is not valid JSON"),
+    (lambda f: (f / "vectors.npy.json").write_text("{}"), "is damaged"),
     (lambda f: (f / "vectors.npy").write_bytes(b"nonsense"), "is damaged"),
+    (lambda f: (f / "vectors.npy").write_bytes((f / "vectors.npy").read_bytes()[:-8]), "is damaged"),
     (lambda f: np.save(f / "vectors.npy", np.zeros((2, 6), np.float32)), "is damaged"),
     (lambda f: np.save(f / "vectors.npy", np.array([{}], dtype=object)), "is damaged"),
-    (lambda f: (f / "docs.jsonl").write_text('{"id": "a", "text": "b"}\nnot json\n'), "docs.jsonl: near line 2"),
-    (lambda f: (f / "docs.jsonl").unlink(), "docs.jsonl cannot be read"),
+    (lambda f: (f / "vectors.npy.ids.jsonl").write_text('"io.read"\n'), "fewer lines"),
+    (lambda f: (f / "docs.jsonl").write_text('{"id": "a", "text": "b"}\n'), "is not what .* was encoded from"),
+    (lambda f: (f / "docs.jsonl").unlink(), "no file matches"),
 ])
 def test_damage_is_named(index, damage, message):
     damage(index)
     with pytest.raises(DataError, match=message):
-        search(index, WordEncoder(WORDS), "read", 1)
+        ask(index, WordEncoder(WORDS), "parse", 1)
 
 
 def test_an_empty_query_and_wrong_documents_are_refused(index, tmp_path):
     with pytest.raises(DataError, match="query is empty"):
-        search(index, WordEncoder(WORDS), "  ", 1)
+        ask(index, WordEncoder(WORDS), "  ", 1)
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
-    with pytest.raises(DataError, match="bad.jsonl:1 must be an object"):
+    with pytest.raises(DataError, match="docs.jsonl:1 has no field 'text'"):
         build_index(WordEncoder(WORDS), tmp_path / "bad.jsonl", tmp_path / "x")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="no documents"):
+    with pytest.raises(DataError, match="no texts"):
         build_index(WordEncoder(WORDS), tmp_path / "empty.jsonl", tmp_path / "x")
 
 
-def test_the_command_prints_answers_and_says_what_to_do_without_an_index(index, monkeypatch):
+# ----------------------------------------------------------------------------------------- any corpus
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_shards_are_searched_as_one_corpus(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    docs = write_docs(tmp_path / "d.jsonl", [{"key": f"k{i}", "body": " ".join(rng.choice(WORDS, 5))} for i in range(50)])
+    encoder, source = WordEncoder(WORDS), TextSource(str(docs), "body", "key")
+    files = [tmp_path / f"part{i}{suffix}" for i in (1, 2, 3)]
+    for i, file in enumerate(files, 1):
+        encode_corpus(encoder, source, file, Settings(shard=(i, 3)))
+    whole = encoder.encode([t.text for t in source])
+    corpus = Corpus(files)
+    np.testing.assert_array_equal(corpus[5:45], whole[5:45])
+    queries = ["read date", "socket socket file"]
+    rows, scores = top_k(encoder.encode(queries), whole, 7)
+    for found, expected, score in zip(search(corpus, encoder, queries, 7, documents=source), rows, scores, strict=True):
+        assert [a["row"] for a in found] == expected.tolist()
+        assert [a["id"] for a in found] == [f"k{i}" for i in expected]
+        assert [a["score"] for a in found] == pytest.approx(score.tolist(), abs=1e-4)
+        assert found[0]["text"] == found[0]["body"]
+    # One shard alone still knows which texts it holds.
+    last = search(Corpus(files[2:]), encoder, ["read"], 1, documents=source)[0][0]
+    assert last["text"] == [t.text for t in source][33 + last["row"]] and last["id"] == f"k{33 + last['row']}"
+
+
+def test_parts_of_different_corpora_are_refused(tmp_path):
+    docs = TextSource(str(write_docs(tmp_path / "d.jsonl")))
+    encode_corpus(WordEncoder(WORDS), docs, tmp_path / "a.npy")
+    encode_corpus(WordEncoder(WORDS, name="other"), docs, tmp_path / "b.npy")
+    with pytest.raises(DataError, match="are not of one corpus: encoder"):
+        Corpus([tmp_path / "a.npy", tmp_path / "b.npy"])
+
+
+@pytest.mark.parametrize("precision, agreement", [("uint8", 0.98), ("int8", 0.98), ("binary", 0.6), ("ubinary", 0.6)])
+def test_quantised_corpora_are_searched_with_the_whole_query(tmp_path, precision, agreement):
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(64)]
+    docs = TextSource(str(write_docs(tmp_path / "d.jsonl", [{"text": " ".join(rng.choice(words, 60))} for i in range(300)])))
+    vectors = rng.normal(size=(301, 64)).astype(np.float32)
+
+    class Random(WordEncoder):  # signs matter to bits, and counts of words have none
+        def encode(self, inputs, *args, **options):
+            return vectors[:300] / 8 if len(inputs) == 300 else vectors[300:] / 8
+
+    meta = encode_corpus(Random(words), docs, tmp_path / "c.npy", Settings(precision=precision))
+    assert meta["dimension"] == 64 and np.load(tmp_path / "c.npy").dtype.itemsize == 1
+    approximate = Corpus([tmp_path / "c.npy"])[0:300] @ vectors[300]
+    assert np.corrcoef(approximate, vectors[:300] @ vectors[300])[0, 1] > agreement
+    assert search(Corpus([tmp_path / "c.npy"]), Random(words), ["w1"], 1)[0][0]["row"] == int(np.argmax(approximate))
+
+
+# ----------------------------------------------------------------------------------------- exact search
+
+
+@pytest.mark.parametrize("block", [None, 13, 64])
+@pytest.mark.parametrize("k", [1, 12])
+def test_search_on_the_device_is_the_full_sort_ties_included(block, k):
+    rng = np.random.default_rng(1)
+    documents = rng.integers(-2, 3, (200, 3)).astype(np.float32)  # many equal scores, and sums without rounding
+    queries = rng.integers(-2, 3, (9, 3)).astype(np.float32)
+    rows, scores = top_k(queries, documents, k, block=block)
+    full = queries @ documents.T
+    expected = np.array([sorted(range(200), key=lambda d: (-s[d], d))[:k] for s in full])
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(full, expected, axis=1))
+
+
+def test_many_queries_no_queries_and_no_documents(monkeypatch):
+    from conan_jax.inference import top_k as module
+
+    rng = np.random.default_rng(2)
+    queries, documents = rng.normal(size=(11, 4)).astype(np.float32), rng.normal(size=(30, 4)).astype(np.float32)
+    expected = np.argsort(-(queries @ documents.T), axis=1)[:, :5]
+    monkeypatch.setattr(module, "QUERIES", 4)
+    np.testing.assert_array_equal(top_k(queries, documents, 5)[0], expected)
+    assert top_k(queries[:0], documents, 5)[0].shape == (0, 5) and top_k(queries, documents[:0], 5)[0].shape == (11, 0)
+
+
+def test_only_a_block_of_documents_is_read_at_a_time():
+    class Rows:
+        reads = []
+
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, rows):
+            self.reads.append(rows.stop - rows.start)
+            return np.ones((min(rows.stop, 10_000) - rows.start, 2), np.float32)
+
+    rows, _ = top_k(np.ones((1, 2), np.float32), Rows(), 3, block=512)
+    assert rows.tolist() == [[0, 1, 2]] and set(Rows.reads) == {512}
+
+
+# ----------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(monkeypatch):
     import conan_jax.inference.encoder
     from conan_jax.cli.main import app
 
     monkeypatch.setattr(conan_jax.inference.encoder.Encoder, "load", classmethod(lambda cls, folder: WordEncoder(WORDS)))
-    shown = CliRunner().invoke(app, ["search", "read a file", "--run", str(index.parent)], env={"COLUMNS": "160"})
+    return lambda *arguments: CliRunner().invoke(app, ["search", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+def test_the_command_prints_answers_and_says_what_to_do_without_an_index(index, command):
+    shown = command("read a file", "--run", index.parent)
     assert shown.exit_code == 0 and "io.read" in shown.output and "Read [bold]all[/bold] of it." in shown.output
-    listed = CliRunner().invoke(app, ["search", "read a file", "--run", str(index.parent), "-k", "1", "--json"])
+    listed = command("read a file", "--run", index.parent, "-k", "1", "--json")
     assert [a["id"] for a in json.loads(listed.output)] == ["io.read"]
-    missing = CliRunner().invoke(app, ["search", "x", "--run", str(index.parent / "nowhere")])
-    assert isinstance(missing.exception, DataError) and "conan demo" in str(missing.exception)
+    nothing = command("x", "--run", index)
+    assert isinstance(nothing.exception, DataError) and "conan demo" in str(nothing.exception)
+
+
+def test_the_command_searches_any_corpus_for_many_queries(tmp_path, command):
+    docs = write_docs(tmp_path / "d.jsonl")
+    encode_corpus(WordEncoder(WORDS), TextSource(str(docs)), tmp_path / "c.npy")
+    (tmp_path / "q.txt").write_text("close\n\nparse\n")
+    found = command("--queries", tmp_path / "q.txt", "--corpus", tmp_path / "c.npy", "--model", "m", "--json", "-k", 1)
+    assert [(q["query"], q["answers"][0]["id"]) for q in map(json.loads, found.output.splitlines())] == [("close", "1"), ("parse", "2")]
+    shown = command("date", "--corpus", tmp_path / "c.npy", "--model", "m", "--documents", docs)
+    assert shown.exit_code == 0 and "time.parse" in shown.output and "parse date date" in shown.output
+    for arguments, message in (((), "either a QUERY or"), (("x", "--queries", "q"), "either a QUERY or"), (("x", "--corpus", "c"), "needs --model")):
+        assert message in str(command(*arguments).exception)
+
+
+def test_an_unfinished_corpus_is_told_from_a_missing_one(tmp_path):
+    (tmp_path / ".c.npy.partial").mkdir()
+    with pytest.raises(DataError, match="is not finished: start its `conan encode` again"):
+        Corpus([tmp_path / "c.npy"])
+    assert meta_file(tmp_path / "c.npy").name == "c.npy.json"
