@@ -8,11 +8,12 @@ TPU_STAMP := $(TPU_VENV)/.installed
 EXTRAS_VENV ?= .venv-extras
 EXTRAS_STAMP := $(EXTRAS_VENV)/.installed
 JAX := $(shell sed -n 's/^jax==//p' requirements.txt)
-# What times or weighs something wherever it runs; tpu_compile needs the environment of test-tpu.
-BENCHMARKS := $(filter-out %/timing.py %/tpu_compile.py,$(wildcard benchmarks/*.py))
+# What times or weighs something wherever it runs; tpu_compile needs the environment of test-tpu, two compare with PyTorch.
+AGAINST_TORCH := benchmarks/encode.py benchmarks/train_step.py
+BENCHMARKS := $(filter-out %/timing.py %/tpu_compile.py $(AGAINST_TORCH),$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-demo test-extras test-tpu test-slurm bench clean
+.PHONY: help env demo test test-demo test-extras test-tpu test-slurm bench bench-torch clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,9 @@ test-slurm: $(STAMP)  ## a rendered job on a real SLURM, on loopback: preempted,
 
 bench: $(STAMP)  ## all benchmarks, as JSON lines
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file --json || exit 1; done
+
+bench-torch: $(EXTRAS_STAMP)  ## encoding and training against PyTorch and sentence-transformers, as JSON lines
+	@for file in $(AGAINST_TORCH); do $(EXTRAS_VENV)/bin/python $$file --json || exit 1; done
 
 clean:  ## remove the environments and every run
 	rm -rf $(VENV) $(TPU_VENV) $(EXTRAS_VENV) runs build *.egg-info
