@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from conan_jax.errors import ConfigError
+
 
 class WordEncoder:
     """Texts -> normalised counts of known words: similarity is word overlap, computed by hand in tests."""
@@ -15,6 +17,11 @@ class WordEncoder:
         self.prompts = {"query": "", "document": ""}
         self.dimension = len(self.words)
         self.calls = []
+
+    def prompt(self, name=None, prompt=None):
+        if prompt is None and name not in self.prompts:
+            raise ConfigError(f"there is no prompt {name!r}")
+        return self.prompts[name] if prompt is None else prompt
 
     def row_length(self, max_length=None):
         return max_length or 512
