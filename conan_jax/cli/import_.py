@@ -21,7 +21,7 @@ def _group() -> None:
 def hf(
     folder: Annotated[Path, typer.Argument(help="config.json, safetensors and tokenizer.json of a Llama, Mistral, Qwen2 or Qwen3.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears whole or not at all.")],
-    head: Annotated[bool, typer.Option("--head/--no-head", help="Keep an output table of its own, which only language modelling needs.")] = True,
+    head: Annotated[bool, typer.Option("--head/--no-head", help="Keep a head with a table of its own: for language modelling.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Import a Hugging Face folder that is on this machine: Llama, Mistral, Qwen2 or Qwen3, as safetensors.

@@ -54,7 +54,7 @@ class JsonTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> JsonTokenizer:
-        """Read the folder that `save` wrote, or one of Hugging Face, whose special ids stand in `tokenizer_config.json`, else `config.json`.
+        """Read the folder that `save` wrote, or a Hugging Face one, whose special ids stand in `tokenizer_config.json`, else `config.json`.
 
         Raises `DataError` when a file is missing or damaged, or nothing says which token ends a text.
         """
@@ -110,7 +110,8 @@ class JsonTokenizer:
         data = json.loads(self._content)
         eos = self._tokenizer.id_to_token(self.eos_id)
         special = {eos: {"id": eos, "ids": [self.eos_id], "tokens": [eos]}}
-        text, pair = ([{"Sequence": {"id": name, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}] for i, name in enumerate("AB"))
+        text, pair = ([{"Sequence": {"id": part, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}]
+                      for i, part in enumerate("AB"))
         data["post_processor"] = {"type": "TemplateProcessing", "single": text, "pair": text + pair, "special_tokens": special}
         return {**data, "post_processor": data["post_processor"] if add_eos else None, "truncation": None, "padding": None}
 

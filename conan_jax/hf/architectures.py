@@ -206,7 +206,7 @@ def _rope(read: _Reader) -> tuple[float, config.RopeScaling | None]:
     rope = _Reader({"rope_theta": read.data["rope_theta"], **rope}, f"{read.where}: rope_parameters")
     kind = rope.data.get("rope_type", rope.data.get("type", "default"))
     if rope.data.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ConfigError(f"{rope.where}: partial_rotary_factor is {rope.data['partial_rotary_factor']!r}; only whole heads are turned here")
+        raise ConfigError(f"{rope.where}: partial_rotary_factor is {rope.data['partial_rotary_factor']!r}; whole heads are turned here")
     if kind == "default":
         return rope.number("rope_theta"), None
     if kind != "llama3":

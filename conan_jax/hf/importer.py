@@ -188,7 +188,8 @@ def _tokenizer(folder: Path, model: config.Model) -> AnyTokenizer:
             raise
         tokenizer = JsonTokenizer.load(folder)  # the tokenizer.model beside it is another SentencePiece model than ours
     if tokenizer.vocab_size > model.vocab_size:
-        raise DataError(f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens and its config.json a vocab_size of {model.vocab_size}")
+        raise DataError(f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, and vocab_size in its config.json is "
+                        f"{model.vocab_size}")
     return tokenizer
 
 

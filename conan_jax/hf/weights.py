@@ -237,8 +237,7 @@ def read_tensors(folder: Path) -> Tensors:
     else:
         raise CheckpointError(_nothing_to_read(folder))
     shapes, dtypes, homes = {}, {}, {}
-    for file, names in files.items():
-        path = _inside(folder, file)
+    for path, names in [(_inside(folder, file), names) for file, names in files.items()]:  # every name before any file
         with _opened(path) as opened:
             there = set(opened.keys())
             if names is not None and names != there:
@@ -289,7 +288,8 @@ _CONVERT = "Load it where you trust it and save it with `safe_serialization=True
 def _nothing_to_read(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    pickled = sorted(path.name for path in folder.iterdir() if _PICKLED.search(path.name.removesuffix(".index.json")))
+    pickled = sorted(path.name for path in folder.iterdir()
+                     if path.is_file() and _PICKLED.search(path.name.removesuffix(".index.json")))
     if pickled:
         return f"{folder} holds its weights as {pickled[0]}, which is pickled, and to read a pickle is to run what is in it. {_CONVERT}"
     return f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"

@@ -42,8 +42,8 @@ FORMAT = 1
 # How the same weights are computed; everything else under `model` decides what they are or mean.
 _FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
                     "attention", "attention_block_size"}
-# What may differ besides where a recipe starts from the weights of another one.
-_FREE_AT_A_START = {"pooling", "hidden_dropout"}
+# What may differ besides where the weights of another run are a beginning.
+FREE_AT_A_START = {"pooling", "hidden_dropout"}
 _MEETINGS = itertools.count()  # every meeting of processes has its own name
 # Orbax raises what goes wrong in its threads, and we explain it; it logs the traceback as well.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -315,7 +315,9 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
     previous, damaged = _good_step(previous_folder, fallback) if previous_folder is not None else (None, ())
     if previous is None and init_from is not None:
         place, step = locate(init_from)
-        check_compatible(place, read_metadata(place, step), model, tokenizer_sha256, _FREE_AT_A_START)
+        if found := mismatch(read_metadata(place, step), model, tokenizer_sha256, FREE_AT_A_START):
+            raise CheckpointError(f"{place} {found}; start with --init-from, which takes model and tokenizer from there, give the recipe "
+                                  "the same ones, or name another run in init_from")
         return Start("initial", place, step)
     if previous is None:
         return Start("scratch")
@@ -345,20 +347,23 @@ def _good_step(folder: Path, fallback: bool) -> tuple[int | None, tuple[int, ...
     return None, ()
 
 
-def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str,
-                     free: Set[str] = frozenset()) -> None:
-    """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values; `free`: those that may."""
+def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str) -> None:
+    """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values."""
+    if found := mismatch(metadata, model, tokenizer_sha256):
+        raise CheckpointError(f"{folder} {found}; change the configuration back, or use another output_dir")
+
+
+def mismatch(metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str, free: Set[str] = frozenset()) -> str:
+    """Why the weights of a checkpoint are not those of `model` and a tokenizer, "" when they are. `free`: model keys that may differ."""
     if metadata["tokenizer_sha256"] != tokenizer_sha256:
-        raise CheckpointError(f"{folder} was trained with tokenizer {metadata['tokenizer_sha256']} "
-                              f"and this run has tokenizer {tokenizer_sha256}: the same ids would mean other text; "
-                              "use the tokenizer it was trained with, or another output_dir")
+        return (f"was trained with tokenizer {metadata['tokenizer_sha256']} and this run has tokenizer {tokenizer_sha256}: "
+                "the same ids would mean other text")
     # A key that an earlier version did not know had its default there.
     stored, ours = {**to_dict(config.Model()), **metadata["config"]["model"]}, to_dict(model)
     differing = [key for key in sorted(stored.keys() | ours.keys())
                  if key not in _FREE_MODEL_KEYS | free and stored.get(key) != ours.get(key)]
-    if differing:
-        pairs = ", ".join(f"model.{key} is {stored.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
-        raise CheckpointError(f"{folder} holds another model: {pairs}; change the configuration back, or use another output_dir")
+    pairs = ", ".join(f"model.{key} is {stored.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
+    return f"holds another model: {pairs}" if pairs else ""
 
 
 def locate(place: str | Path) -> tuple[Path, int]:
