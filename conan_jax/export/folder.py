@@ -60,7 +60,8 @@ def export(
     source = open_source(run, stage, step)
     model = exported_model(source)
     with _whole_or_not_at_all(out) as folder:
-        write_safetensors(folder, to_tensors(source.params, source.run.model, dtype=dtype, causal=source.causal))
+        for file in write_safetensors(folder, to_tensors(source.params, source.run.model, dtype=dtype, causal=source.causal)):
+            file.chmod(0o644)  # the library writes them for their owner alone
         ours = _describe(source, model, dtype)
         write_json(folder / OURS, ours)
         write_json(folder / "config.json", _hf_config(source, model, dtype))

@@ -5,6 +5,7 @@ The only module that imports torch, and only when one of its classes is made.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from importlib import metadata
@@ -26,10 +27,11 @@ def require() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local folder needs no network, and must not ask for it
         import sentence_transformers  # noqa: F401
         import torch  # noqa: F401
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     except ImportError as error:
         raise ConfigError(f"PyTorch is not here ({error}): pip install 'conan_jax[torch]', or check without it by --jax-only") from error
 

@@ -2,9 +2,9 @@
 
 PyTorch and JAX add the same products in another order, so float32 results differ in about the 6th digit; 1 - cosine is of the
 order of the square of that. `FLOAT32_BAR` leaves three digits to spare, and a wrong name, transpose, mask or prompt is far below it.
-A bfloat16 export is compared in float32 first, which shows that the weights are right; then as users load it. There each product
-and each sum is rounded to 8 bits, 2^-9 relative on average, on both sides and at different places: over some tens of roundings a
-layer a vector moves by about 1 % of its length, 1 - cosine = 0.01^2 / 2 a side, and `BFLOAT16_BAR` leaves a factor of ten.
+A bfloat16 export is compared in float32 first, which shows that the weights are right; then as users load it, PyTorch computing in
+bfloat16 and JAX in float32. There each product and each sum is rounded to 8 bits, 2^-9 relative on average; over some tens of
+roundings a layer a vector moves by one or two percent of its length, so 1 - cosine = 0.02^2 / 2, and `BFLOAT16_BAR` leaves a factor of five.
 """
 
 from __future__ import annotations
