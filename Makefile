@@ -16,7 +16,7 @@ BENCHMARKS := $(filter-out %/timing.py %/tpu_compile.py $(AGAINST_TORCH),$(wildc
 .PHONY: help env demo test test-demo test-extras test-tpu test-slurm bench bench-torch clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## make .venv with every pinned package and the `conan` command
 
@@ -36,8 +36,8 @@ demo: $(STAMP)  ## train an embedder from scratch on your packages' documentatio
 test: $(STAMP)  ## the test suite, save what has a target of its own
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm --ignore tests/extras
 
-test-demo: $(STAMP)  ## the demo from nothing, twice: its figures must reach their bars and repeat
-	$(BIN)/python tests/demo_acceptance.py
+test-demo: $(STAMP) $(EXTRAS_STAMP)  ## the demo from nothing, twice: its figures must reach their bars and repeat, its export hold in PyTorch
+	$(BIN)/python tests/demo_acceptance.py $(EXTRAS_VENV)/bin/python
 
 $(EXTRAS_STAMP): tests/extras/requirements.txt
 test-extras: $(EXTRAS_STAMP)  ## exports held to PyTorch, sentence-transformers and mteb; manifests and scripts to their published checkers

@@ -1,6 +1,6 @@
-"""The demo, from nothing, twice: its figures must reach their bars and repeat to the last digit.
+"""The demo, from nothing, twice: its figures must reach their bars and repeat to the last digit, and its export hold in PyTorch.
 
-Run by `make test-demo`. Not collected by pytest: it takes minutes, not seconds.
+Run by `make test-demo` with the interpreter that has PyTorch as its argument. Not collected by pytest: it takes minutes, not seconds.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ def main() -> int:
         first, second = (run_demo(Path(folder) / name) for name in ("first", "second"))
         search = [sys.executable, "-m", "conan_jax", "search", "how do I parse a date", "--run", f"{folder}/second", "--json"]
         answers = json.loads(subprocess.run(search, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        verify = [sys.argv[1], "-m", "conan_jax", "verify", f"{folder}/second/export", "--json"]
+        verified = json.loads(subprocess.run(verify, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout)
     missed = check(first)
     if any(first[key] != second[key] for key in ("ndcg@10", "recall@10", "evaluations")):
         missed.append(f"the second run repeats the first: {first['ndcg@10']} against {second['ndcg@10']}")
     if not answers:
         missed.append("search answers")
-    print(json.dumps({"ndcg@10": first["ndcg@10"], "recall@10": first["recall@10"]}, indent=2))
+    if not (verified["ok"] and verified["min_cosine"] >= 0.9999):
+        missed.append(f"PyTorch computes what the export says: {verified}")
+    print(json.dumps({"ndcg@10": first["ndcg@10"], "recall@10": first["recall@10"], "min_cosine": verified["min_cosine"]}, indent=2))
     print(f"{1 if not missed else 0} passed, {len(missed)} failed")
     for name in missed:
         print(f"FAILED: {name}", file=sys.stderr)

@@ -39,8 +39,8 @@ def demo(
 ) -> None:
     """Train an embedder from scratch on your packages' documentation, show what each stage gained, and search with it.
 
-    Needs no download and about ten minutes on two CPU cores. The same as `conan train configs/demo.py`, then an
-    index of every documented object for `conan search`.
+    Needs no download and about ten minutes on two CPU cores. The same as `conan train configs/demo.py`, then an index of every
+    documented object for `conan search`, and an export that sentence-transformers loads.
 
     Examples:
 
@@ -61,13 +61,16 @@ def demo(
 
 
 def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Index the documentation, answer some questions, write the report."""
+    """Index the documentation, answer some questions, export the embedder, write the report."""
     from conan_jax.cli.search import results_table as answers_table
     from conan_jax.cli.tables import results_table
     from conan_jax.data.locations import resolve
+    from conan_jax.errors import CheckpointError
+    from conan_jax.export.folder import export
+    from conan_jax.export.verify import verify
+    from conan_jax.files import write_json
     from conan_jax.inference.encoder import Encoder
     from conan_jax.inference.search import VECTORS, Corpus, build_index, index_documents, search
-    from conan_jax.files import write_json
     from conan_jax.train.report import write_report
 
     run, console = recipe.run, recipe.console
@@ -75,9 +78,14 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
     index = build_index(encoder, Path(resolve(run, "docstrings:search")), recipe.folder / "index")
     answers = dict(zip(QUESTIONS, search(Corpus([index / VECTORS]), encoder, QUESTIONS, 3, documents=index_documents(index))))
     write_json(recipe.folder / "searches.json", answers)
+    exported = recipe.folder / "export"
+    export(recipe.folder, exported, force=True)
+    if not verify(exported, jax_only=True).ok:
+        raise CheckpointError(f"the export in {exported} is not what was trained; see conan verify {exported} --jax-only")
     report_file = write_report(recipe.folder)
     for question in QUESTIONS[:2]:
         console.print(answers_table(question, answers[question]))
     console.print(results_table(summary))
     elsewhere = "" if recipe.folder == Path("runs/demo") else f" --run {recipe.folder}"
-    console.print(f"report  {report_file}\nsearch  {shown_command()} search \"how do I ...\"{elsewhere}", highlight=False, soft_wrap=True)
+    console.print(f"report  {report_file}\nexport  {exported} (hold it to PyTorch: {shown_command()} verify {exported})\n"
+                  f"search  {shown_command()} search \"how do I ...\"{elsewhere}", highlight=False, soft_wrap=True)
