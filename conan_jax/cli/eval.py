@@ -15,7 +15,7 @@ def evaluate(
     suite: Path = typer.Option(..., "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
     only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
     out: Path = typer.Option(None, "--out", help="Where results.json goes. Default: eval/SUITE in a run; EXPORT.eval/SUITE beside an export."),
-    max_queries: int = typer.Option(None, "--max-queries", min=1, help="At most so many queries, pairs or test texts a set."),
+    max_queries: int = typer.Option(None, "--max-queries", min=1, help="At most so many queries of a set; elsewhere pairs or test texts of each language."),
     languages: str = typer.Option("", "--languages", help="These languages alone where records carry `lang`, separated by commas."),
     fresh: bool = typer.Option(False, "--fresh", help="Compute again what results.json already holds."),
     as_json: bool = typer.Option(False, "--json", help="Print results.json at the end, and progress on standard error."),

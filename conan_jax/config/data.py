@@ -95,8 +95,8 @@ class Evaluation:
     Records of a file may carry `lang`; each language is then a set of its own, and the figures are means over languages.
 
     Texts (queries of the two searches) are read after the prompt made of `instruction`, or after the encoder's prompt called
-    `prompt_name`; with neither they are bare. `max_queries` bounds queries, pairs or test texts, spread evenly over the file;
-    `languages` keeps those alone. Texts are cut to `max_length` tokens, or to what the model knows where that is less.
+    `prompt_name`; with neither they are bare. `max_queries` bounds the queries of a BEIR folder, and the questions, pairs or test
+    texts of each language elsewhere, evenly spaced; `languages` keeps those alone. Texts are cut to `max_length` tokens, or to what the model knows where that is less.
     `main=True` marks the set whose figures stand in summary.json.
     """
 

@@ -13,7 +13,7 @@ from conan_jax import config
 from conan_jax.errors import DataError
 from conan_jax.eval.languages import Figures, combine, split
 from conan_jax.eval.prompts import prompt_of, usable_length
-from conan_jax.eval.records import Records, keep, read_records, spread
+from conan_jax.eval.records import Records, read_records
 
 SAMPLES_PER_LABEL = 8
 EXPERIMENTS = 10
@@ -25,12 +25,12 @@ def evaluate_classification(encoder: Any, evaluation: config.Evaluation) -> Figu
 
     Each experiment draws 8 training texts a label (all where there are fewer) and fits a logistic regression of at most
     100 iterations; draws are MTEB's own. Each language learns from the training texts of its own, or from all of them where
-    the training file says no languages. `evaluation.max_queries` bounds the test texts.
+    the training file says no languages. `evaluation.max_queries` bounds the test texts of a language.
     Raises `DataError` when the training texts have fewer than two labels or lack one of the test labels.
     """
     assert evaluation.train_path is not None
     every = read_records(evaluation.train_path, "labelled")
-    tests = split(spread(keep(read_records(evaluation.path, "labelled"), evaluation.languages, evaluation.path), evaluation.max_queries))
+    tests = split(read_records(evaluation.path, "labelled", evaluation.max_queries, evaluation.languages))
     spoken = split(every)
     trains = {language: every if set(spoken) == {""} else spoken.get(language, []) for language in tests}
     number = {name: i for i, name in enumerate(sorted({r["label"] for r in every}))}

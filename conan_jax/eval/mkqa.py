@@ -21,7 +21,7 @@ import ir_measures
 from conan_jax import config
 from conan_jax.errors import DataError
 from conan_jax.eval.languages import Figures, by_language, combine
-from conan_jax.eval.records import keep, spread
+from conan_jax.eval.records import keep, limited
 from conan_jax.eval.retrieval import RetrievalSet, find, ranks_of, read_corpus, read_lines, score
 
 MEASURES = {"recall@20": ir_measures.Success @ 20, "recall@100": ir_measures.Success @ 100, "ndcg@10": ir_measures.nDCG @ 10}
@@ -33,7 +33,7 @@ def evaluate_mkqa(encoder: Any, evaluation: config.Evaluation) -> Figures:
     """`recall@20`, `recall@100` (shares of questions with an answer in the first k passages) and `ndcg@10`, for each language and their mean.
 
     nDCG counts every passage of the corpus that holds an answer as relevant. A question no passage answers counts as 0.
-    `max_queries` bounds the questions over all languages.
+    `max_queries` bounds the questions of each language.
     """
     data = read_mkqa(evaluation.path, evaluation.max_queries, evaluation.languages)
     figures = score(data, ranks_of(encoder, data, evaluation), MEASURES)
@@ -57,7 +57,7 @@ def read_mkqa(folder: str | Path, max_queries: int | None = None, languages: Seq
                             "or _id, text, lang and answers") from error
     if not questions:
         raise DataError(f"{file} holds no question with a short answer")
-    questions = spread(sorted(keep(questions, languages, str(file)), key=lambda q: q["lang"]), max_queries)
+    questions = limited(keep(questions, languages, str(file)), max_queries)
     rows = PassageIndex(list(corpus.values())).holding(sorted({a for q in questions for a in q["answers"]}))
     ids = list(corpus)
     return RetrievalSet(

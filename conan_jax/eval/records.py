@@ -8,12 +8,13 @@ from typing import Any
 from conan_jax import config
 from conan_jax.data import readers, schema
 from conan_jax.errors import DataError
+from conan_jax.eval.languages import split
 
 Records = list[dict[str, Any]]
 
 
 def read_records(path: str, kind: config.RecordKind, limit: int | None = None, languages: Sequence[str] = ()) -> Records:
-    """All records of `path` (jsonl, csv, tsv, parquet, .gz), or `limit` of them spread evenly; each with its `lang`, "" if it has none.
+    """All records of `path` (jsonl, csv, tsv, parquet, .gz), or `limit` of each language; each with its `lang`, "" if it has none.
 
     With `languages` only their records are kept. Raises `DataError` naming file and line of the first record that cannot be
     used, since a figure on a part of a set would not be comparable, and for a language that no record has.
@@ -42,7 +43,7 @@ def _read(path: str, parse: Callable[[Any], dict[str, Any]], limit: int | None, 
         records.append(record | {"lang": language_of(item.raw)})
     if not records:
         raise DataError(f"{path} holds no records")
-    return spread(keep(records, languages, path), limit)
+    return limited(keep(records, languages, path), limit)
 
 
 def language_of(raw: Any) -> str:
@@ -58,6 +59,11 @@ def keep(records: Records, languages: Sequence[str], where: str) -> Records:
         if language not in found:
             raise DataError(f"{where} has no record in {language!r}; its languages are {', '.join(sorted(found - {''})) or 'not said'}")
     return [record for record in records if record["lang"] in languages] if languages else records
+
+
+def limited(records: Records, limit: int | None) -> Records:
+    """`limit` of the records of each language, evenly spaced; languages in alphabetical order where there is a limit."""
+    return records if limit is None else [record for part in split(records).values() for record in spread(part, limit)]
 
 
 def spread(records: Records, limit: int | None) -> Records:
