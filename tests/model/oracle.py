@@ -1,5 +1,7 @@
 """The formulas of METHODS 1.1, 1.3 and 1.7 in plain NumPy float64, one row, one head and one token at a time."""
 
+import dataclasses
+
 import numpy as np
 
 
@@ -40,11 +42,25 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
-def rope(x, theta):
+def slowed(frequency, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3.1's rule for one frequency, by wavelength in three cases, as its authors put it."""
+    wavelength = 2 * np.pi / frequency
+    if wavelength < original_max_position_embeddings / high_freq_factor:
+        return frequency
+    if wavelength > original_max_position_embeddings / low_freq_factor:
+        return frequency / factor
+    smooth = (original_max_position_embeddings / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rope(x, theta, scaling=None):
     """x [l, H, C], token p at position p: each pair (x_c, x_{c + C/2}) turned by p * theta^(-2c/C), as a complex number."""
     half = x.shape[-1] // 2
     z = x[..., :half] + 1j * x[..., half:]
-    angle = np.arange(len(x))[:, None] * theta ** (-np.arange(half) * 2.0 / (2 * half))
+    frequencies = theta ** (-np.arange(half) * 2.0 / (2 * half))
+    if scaling is not None:
+        frequencies = np.array([slowed(f, **dataclasses.asdict(scaling)) for f in frequencies])
+    angle = np.arange(len(x))[:, None] * frequencies
     z = z * np.exp(1j * angle)[:, None, :]
     return np.concatenate([z.real, z.imag], axis=-1)
 
@@ -56,12 +72,12 @@ def forward(params, c, inputs, m, apply="log"):
     for n in range(c.num_layers):
         a, f = layers["attention"], layers["mlp"]
         y = rms_norm(x, layers["attention_norm"]["scale"][n], c.rms_norm_eps)
-        q, k, v = ((y @ a[f"{name}_proj"]["kernel"][n]).reshape(len(x), -1, c.head_dim) for name in "qkv")
+        q, k, v = ((y @ a[f"{name}_proj"]["kernel"][n] + (a[f"{name}_proj"]["bias"][n] if c.attention_bias else 0)).reshape(len(x), -1, c.head_dim) for name in "qkv")
         if c.qk_norm:
             q = rms_norm(q, a["q_norm"]["scale"][n], c.rms_norm_eps)
             k = rms_norm(k, a["k_norm"]["scale"][n], c.rms_norm_eps)
-        o = attention(rope(q, c.rope_theta), rope(k, c.rope_theta), v, m, apply)
-        x = x + o.reshape(len(x), -1) @ a["o_proj"]["kernel"][n]
+        o = attention(rope(q, c.rope_theta, c.rope_scaling), rope(k, c.rope_theta, c.rope_scaling), v, m, apply)
+        x = x + o.reshape(len(x), -1) @ a["o_proj"]["kernel"][n] + (a["o_proj"]["bias"][n] if c.attention_output_bias else 0)
         y = rms_norm(x, layers["mlp_norm"]["scale"][n], c.rms_norm_eps)
         gate = y @ f["gate_proj"]["kernel"][n]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ f["up_proj"]["kernel"][n])) @ f["down_proj"]["kernel"][n]

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from conan_jax.config import RopeScaling
 from conan_jax.errors import ConfigError
 from conan_jax.model import Bidirectional, Causal, Layout, SoftMask
+from conan_jax.model.layers import rope_tables
 from conan_jax.model.transformer import look_up
 from tests.model import oracle
 from tests.model.models import TINY, embed_of, hidden_of, params_of, variant
@@ -32,6 +34,35 @@ def test_forward_against_numpy(qk_norm, mask, apply):
     for row in range(2):
         np.testing.assert_allclose(hidden[row], oracle.forward(params, embedder.config, TOKENS[row], m, apply), atol=1e-5)
     np.testing.assert_allclose(embedder.logits(params_of(embedder), hidden), np.asarray(hidden) @ params["embedding"].T, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention_bias": True}, {"attention_bias": True, "attention_output_bias": True}, {"attention_head_dim": 12},
+    {"rope_scaling": RopeScaling(8.0, 0.3, 1.5, 12)}, {"qk_norm": True, "attention_head_dim": 4, "tie_word_embeddings": False},
+], ids=["qkv-bias", "all-biases", "head-dim", "llama3", "qwen3"])
+def test_settings_of_other_families_against_numpy(changes):
+    embedder = variant(**changes)
+    params = jax.tree.map(np.float64, params_of(embedder))
+    hidden = run(embedder, TOKENS, FULL, Causal())
+    for row in range(2):
+        expected = oracle.forward(params, embedder.config, TOKENS[row], oracle.soft_mask(0.0, "key", 9))
+        np.testing.assert_allclose(hidden[row], expected, atol=1e-5)
+    table = params["embedding" if embedder.config.tie_word_embeddings else "output_embedding"]
+    np.testing.assert_allclose(embedder.logits(params_of(embedder), hidden), np.asarray(hidden) @ table.T, atol=1e-4)
+    axes = embedder.axes()
+    assert jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(params)
+    for leaf, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))):
+        assert leaf.ndim == len(names) and None not in names
+
+
+def test_llama3_scaling_has_all_three_kinds_of_frequencies():
+    """Else the test above would not see the rule."""
+    scaling = RopeScaling(8.0, 0.3, 1.5, 12)
+    frequencies = TINY.rope_theta ** (-np.arange(4) * 2.0 / 8)
+    kinds = {round(oracle.slowed(f, 8.0, 0.3, 1.5, 12) / f, 6) for f in frequencies}
+    assert 1.0 in kinds and 0.125 in kinds and any(0.125 < kind < 1.0 for kind in kinds)
+    cos, _ = rope_tables(jnp.array([[1]]), 8, TINY.rope_theta, scaling)
+    np.testing.assert_allclose(np.arccos(cos[0, 0, :4]), [oracle.slowed(f, 8.0, 0.3, 1.5, 12) for f in frequencies], atol=1e-5)
 
 
 def test_packed_row_equals_separate_sequences():
