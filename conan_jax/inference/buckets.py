@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-SHORTEST = 16
+SHORTEST, STEP = 16, 8  # tokens
 
 
 class Batch(NamedTuple):
@@ -22,19 +22,19 @@ class Batch(NamedTuple):
     length: int
 
 
-def batches(lengths: Int[np.ndarray, " N"], *, longest: int, most_rows: int, most_tokens: int, program_tokens: float,
+def batches(lengths: Int[np.ndarray, " N"], *, longest: int, most_rows: int, most_tokens: int, shape_tokens: float,
             multiple: int = 1) -> list[Batch]:
     """Every text in one batch, the longest first.
 
     Args:
         lengths: tokens of each text, at most `longest`.
         most_rows, most_tokens: bounds of a batch; one text a device is always taken.
-        program_tokens: how many tokens of padding are worth one more program to compile.
+        shape_tokens: how many tokens of padding are worth one more row length, with its programs to compile.
         multiple: of which the number of rows is one: the number of devices.
     """
     if not len(lengths):
         return []
-    chosen = np.array(row_lengths(lengths, longest, program_tokens))
+    chosen = np.array(row_lengths(lengths, longest, shape_tokens))
     order = np.argsort(-lengths, kind="stable")
     made, start = [], 0
     while start < len(order):
@@ -49,13 +49,13 @@ def batches(lengths: Int[np.ndarray, " N"], *, longest: int, most_rows: int, mos
     return made
 
 
-def row_lengths(lengths: Int[np.ndarray, " N"], longest: int, program_tokens: float) -> list[int]:
-    """The row lengths, rising, that take the fewest tokens in all, each further length counted as `program_tokens` more.
+def row_lengths(lengths: Int[np.ndarray, " N"], longest: int, shape_tokens: float) -> list[int]:
+    """The row lengths, rising, that take the fewest tokens in all, each further length counted as `shape_tokens` more.
 
     They are drawn from `grid`; for few texts from its powers of two, so that single texts of many lengths share programs.
     """
     fine = grid(longest, 8)
-    few = int(lengths.sum()) <= program_tokens
+    few = int(lengths.sum()) <= shape_tokens
     offered = np.array(grid(longest, 1) if few else fine)
     counts = np.bincount(np.searchsorted(offered, lengths), minlength=len(offered))
     used = np.flatnonzero(counts)
@@ -64,7 +64,7 @@ def row_lengths(lengths: Int[np.ndarray, " N"], longest: int, program_tokens: fl
     # best[j]: the cheapest way to hold the texts of the first j lengths, whose longest rows are offered[j - 1].
     best, cut = [0.0], [0]
     for j in range(1, len(offered) + 1):
-        costs = [best[i] + float(before[j] - before[i]) * offered[j - 1] + program_tokens for i in range(j)]
+        costs = [best[i] + float(before[j] - before[i]) * offered[j - 1] + shape_tokens for i in range(j)]
         cut.append(int(np.argmin(costs)))
         best.append(costs[cut[-1]])
     kept, j = [], len(offered)
@@ -75,9 +75,10 @@ def row_lengths(lengths: Int[np.ndarray, " N"], longest: int, program_tokens: fl
 
 
 def grid(longest: int, steps: int) -> list[int]:
-    """Row lengths from 16 to `longest`: the powers of two and `steps` - 1 multiples of 16 evenly between two of them, where there are so many."""
+    """Row lengths from 16 to `longest`: powers of two, and `steps` - 1 even steps between two of them, or fewer of at least 8 tokens."""
     made, low = [SHORTEST], SHORTEST
     while made[-1] < longest:
-        made += list(range(low + max(SHORTEST, low // steps), 2 * low + 1, max(SHORTEST, low // steps)))
+        step = max(STEP, low // steps)
+        made += range(low + step, 2 * low + 1, step)
         low *= 2
     return [length for length in made if length < longest] + [longest]

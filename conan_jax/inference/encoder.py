@@ -30,10 +30,10 @@ DEFAULT_BATCH_SIZE = 256
 TEXTS_PER_ROUND = 8192  # texts that are sorted by length together; bounds the memory of their tokens
 IN_FLIGHT = 2  # batches handed to the devices and not yet collected
 
-# Of a device: the tokens of one batch, and the operations that pass in the time one more program takes to compile. On a CPU small batches
-# stay in its caches.
+# Of a device: the tokens of one batch, and the operations of padding that one more shape to compile is worth. On a CPU small batches stay
+# in its caches. Compiling takes as long as a few times these operations: texts are seldom encoded once only.
 TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 65_536, "tpu": 65_536}
-OPERATIONS_PER_PROGRAM = {"cpu": 5e10, "gpu": 5e14, "tpu": 5e14}
+OPERATIONS_PER_SHAPE = {"cpu": 2e10, "gpu": 1e14, "tpu": 1e14}
 
 
 class Encoder:
@@ -47,27 +47,28 @@ class Encoder:
         identity: where the weights come from (run, stage, step, tokenizer sha256); kept beside an index so that a
             query is never encoded by another model than the documents were.
         prompts: what stands before a text, by name: full strings. `encode_query` uses "query", `encode_document` "document".
+        devices: where to encode; default: all devices of this process.
     """
 
     def __init__(
         self, params: Any, model: config.Model, tokenizer: AnyTokenizer, mask: Mask = Bidirectional(), identity: Mapping[str, Any] | None = None,
-        prompts: Mapping[str, str] | None = None,
+        prompts: Mapping[str, str] | None = None, *, devices: Sequence[jax.Device] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
         self.identity = {"tokenizer_sha256": tokenizer.sha256, **(identity or {})}
         self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
-        self._forward = Forward(params, model, mask)
+        self._forward = Forward(params, model, mask, devices)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Encoder:
+    def load(cls, folder: str | os.PathLike[str], *, devices: Sequence[jax.Device] | None = None) -> Encoder:
         """Read an export, or the newest weights of a stage folder or of the last trained stage of a run folder.
 
         The tokenizer is looked for in the folder of the run first, so a run may be moved as a whole.
         Raises `CheckpointError` when there is no complete checkpoint or no tokenizer with the recorded sha256.
         """
-        return cls(*load(folder))
+        return cls(*load(folder), devices=devices)
 
     @classmethod
     def untrained(cls, run: config.Run, tokenizer: AnyTokenizer) -> Encoder:
@@ -98,7 +99,7 @@ class Encoder:
         empty text is its EOS token alone, white space and control characters are text, and a lone surrogate, which is none, is
         read as U+FFFD. Of a text far beyond `max_length` only the beginning is looked at.
 
-        Texts are sorted by length and encoded in few shapes (`inference.buckets`), on all local devices at once. The vector of a text
+        Texts are sorted by length and encoded in few shapes (`inference.buckets`), on all devices at once. The vector of a text
         depends on what it is encoded with by rounding alone, 1e-6 in float32.
 
         Args:
@@ -206,7 +207,7 @@ class Encoder:
         planned = buckets.batches(
             np.array([len(row) for row in rows], np.int64), longest=longest, most_rows=batch_size * len(devices),
             most_tokens=TOKENS_PER_BATCH[kind] * len(devices), multiple=len(devices),
-            program_tokens=OPERATIONS_PER_PROGRAM[kind] * len(devices) / self._forward.operations_per_token)
+            shape_tokens=OPERATIONS_PER_SHAPE[kind] * len(devices) / self._forward.operations_per_token)
         pending: deque[tuple[np.ndarray, Array]] = deque()
         for batch in planned:
             pending.append((batch.members, self._forward(*padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,17 +27,18 @@ ROWS, WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
 class Forward:
-    """Token batches -> unit vectors, on all devices of this process.
+    """Token batches -> unit vectors, rows split over devices of this process.
 
     Args:
         params: the Embedder's tree; a copy of it, layer by layer, is put on every device at the first call.
         model: its configuration. On a CPU all is computed in float32, which is the fastest there, elsewhere in the model's own
             `compute_dtype`; attention is chosen for the device at hand.
+        devices: where to compute; default: all of this process.
     """
 
-    def __init__(self, params: Mapping[str, Any], model: config.Model, mask: Mask) -> None:
+    def __init__(self, params: Mapping[str, Any], model: config.Model, mask: Mask, devices: Sequence[jax.Device] | None = None) -> None:
         self._params, self.mask = params, mask
-        self.devices = jax.local_devices()
+        self.devices = list(devices or jax.local_devices())
         dtype = "float32" if self.devices[0].platform == "cpu" else model.compute_dtype
         self.model = dataclasses.replace(model, compute_dtype=dtype, attention="auto", tie_word_embeddings=True)
         leaves = jax.tree.leaves(params["layers"])
