@@ -14,13 +14,15 @@ def export(
     out: Path = typer.Argument(..., help="The folder to write; it appears whole or not at all."),
     stage: str | None = typer.Option(None, "--stage", help="Which stage; default: the last that was trained."),
     step: int | None = typer.Option(None, "--step", min=1, help="Which of its checkpoints; default: the newest."),
-    dtype: str = typer.Option("float32", "--dtype", help="float32 or bfloat16: the dtype of the weights in the file."),
+    dtype: str | None = typer.Option(None, "--dtype", help="float32 or bfloat16, of the weights in the file; default: as an imported model "
+                                     "had them, else float32."),
     force: bool = typer.Option(False, "--force", help="Replace an export that is there."),
     as_json: bool = typer.Option(False, "--json", help="Print what conan.json says."),
 ) -> None:
     """Write a trained model as a folder that sentence-transformers and transformers load, without remote code.
 
-    A stage of pretraining or fine-tuning becomes a causal language model, every other one a text embedder. Nothing here needs torch.
+    A stage of pretraining or fine-tuning becomes a causal language model, every other one a text embedder. An imported model that was not
+    trained further comes out as it came in. Nothing here needs torch.
 
     Examples:
 

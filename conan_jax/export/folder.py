@@ -15,75 +15,66 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conan_jax import __version__, config
 from conan_jax.config_io import to_dict
-from conan_jax.data.tokenizer import MODEL_FILE, Tokenizer
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.export import card, check_vector, manifest
+from conan_jax.export.form import TRANSFORMERS, Form, form_of
 from conan_jax.export.source import Source, open_source
+from conan_jax.export.tokenizer_files import write_tokenizer
 from conan_jax.files import write_file, write_json
-from conan_jax.hf.architectures import architecture_of, to_hf_config
-from conan_jax.hf.tokenizer_json import tokenizer_config, tokenizer_json
-from conan_jax.hf.weights import from_tensors, read_tensors, to_tensors, write_safetensors
+from conan_jax.hf.weights import from_tensors, read_tensors, write_safetensors
 from conan_jax.inference.encoder import DEFAULT_MAX_LENGTH
 
 OURS = "conan.json"
 FORMAT = 1
 DTYPES = ("float32", "bfloat16")
-TRANSFORMERS, SENTENCE_TRANSFORMERS = "5.2.0", "5.2.0"  # the first that read `is_causal: false`, and those made for them
+SENTENCE_TRANSFORMERS = "5.2.0"
 
 
 def export(
     run: str | os.PathLike[str], out: str | os.PathLike[str], *, stage: str | None = None, step: int | None = None,
-    dtype: str = "float32", force: bool = False,
+    dtype: str | None = None, force: bool = False,
 ) -> dict[str, Any]:
     """Write one step of a run to `out`, whole or not at all; returns what `conan.json` says.
 
     Args:
         run: the folder of a run, or of one of its stages.
         stage, step: default: the newest step of the last stage that was trained.
-        dtype: of the weights in the file.
+        dtype: of the weights in the file, "float32" or "bfloat16"; None: as an imported model had them, else float32.
         force: replace an export that is there.
 
     Raises:
         ConfigError: no form for this model that stock code computes, an unknown dtype, or something stands at `out`.
         CheckpointError: there is no such step, or it is damaged.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; use {' or '.join(DTYPES)}")
     out = Path(out)
     _refuse_taken(out, force)
     source = open_source(run, stage, step)
-    model = exported_model(source)
+    form = form_of(source, dtype)
     with _whole_or_not_at_all(out) as folder:
-        for file in write_safetensors(folder, to_tensors(source.params, source.run.model, dtype=dtype, causal=source.causal)):
+        for file in write_safetensors(folder, form.tensors):
             file.chmod(0o644)  # the library writes them for their owner alone
-        ours = _describe(source, model, dtype)
+        ours = _describe(source, form)
         write_json(folder / OURS, ours)
-        write_json(folder / "config.json", _hf_config(source, model, dtype))
-        _write_tokenizer(folder, source, model)
+        write_json(folder / "config.json", form.hf_config)
+        write_tokenizer(folder, source.tokenizer, source.prompts.values(), form.model.max_length, source.causal)
         if source.causal:
             write_json(folder / "generation_config.json", _generation_config(source))
         else:
-            _write_modules(folder, source, model)
+            _write_modules(folder, source, form.model)
         # Of what was written, not of what was in memory: a check of the names and of the rounding as well.
-        params = from_tensors(read_tensors(folder), model, str(folder))
-        check = check_vector.make(params, model, source.tokenizer, source.prompts, source.causal)
+        params = from_tensors(read_tensors(folder), form.model, str(folder))
+        check = check_vector.make(params, form.model, source)
         write_file(folder / "check.json", json.dumps(check, ensure_ascii=False) + "\n")
         write_file(folder / "README.md", card.render(source, ours))
         manifest.write(folder)
     return ours
-
-
-def exported_model(source: Source) -> config.Model:
-    """The configuration that reads the folder: the multiplier of the embeddings is in their table, and no head is there to be untied."""
-    model = source.run.model
-    tied = not source.causal or (model.tie_word_embeddings and model.embedding_multiplier == 1)
-    return replace(model, embedding_multiplier=1.0, tie_word_embeddings=tied, hidden_dropout=0.0)
 
 
 def max_length(model: config.Model) -> int:
@@ -91,13 +82,12 @@ def max_length(model: config.Model) -> int:
     return min(DEFAULT_MAX_LENGTH, model.max_length)
 
 
-def _describe(source: Source, model: config.Model, dtype: str) -> dict[str, Any]:
-    identity = source.identity if dtype == "float32" else {**source.identity, "dtype": dtype}
+def _describe(source: Source, form: Form) -> dict[str, Any]:
+    identity = source.identity if form.dtype == "float32" else {**source.identity, "dtype": form.dtype}
     return {
-        "format": FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder",
-        "architecture": architecture_of(model), "dtype": dtype, "mask": "causal" if source.causal else "bidirectional",
-        "model": to_dict(model), "identity": identity, "prompts": source.prompts, "max_length": max_length(model),
-        "dims": truncations(source),
+        "format": FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder", "architecture": form.architecture,
+        "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model), "identity": identity, "prompts": source.prompts,
+        "max_length": max_length(form.model), "dims": truncations(source),
     }
 
 
@@ -107,27 +97,10 @@ def truncations(source: Source) -> list[int]:
     return sorted({*matryoshka.dims, source.run.model.hidden_size})
 
 
-def _hf_config(source: Source, model: config.Model, dtype: str) -> dict[str, Any]:
-    tokenizer = source.tokenizer
-    written = to_hf_config(model, causal=source.causal, is_causal=source.causal, dtype=dtype, pad_token_id=tokenizer.pad_id,
-                           bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    return {**written, "transformers_version": TRANSFORMERS}
-
-
 def _generation_config(source: Source) -> dict[str, Any]:
     tokenizer = source.tokenizer
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": False,
             "transformers_version": TRANSFORMERS}
-
-
-def _write_tokenizer(folder: Path, source: Source, model: config.Model) -> None:
-    tokenizer = source.tokenizer
-    if not isinstance(tokenizer, Tokenizer):  # imported: its own files say it best
-        tokenizer.save(folder)
-        return
-    write_file(folder / MODEL_FILE, tokenizer.model_bytes)
-    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer, source.prompts.values(), add_eos=not source.causal))
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.max_length))
 
 
 def _write_modules(folder: Path, source: Source, model: config.Model) -> None:

@@ -12,16 +12,22 @@ import jax.numpy as jnp
 from conan_jax import config, config_io
 from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.files import read_json
+from conan_jax.hf.importer import Origin, read_origin
 from conan_jax.inference.load import load
 from conan_jax.model import Causal, Embedder
 from conan_jax.model.pooling import POOLINGS
 from conan_jax.stages import make_stage
+from conan_jax.stages.imported import KIND as IMPORTED
 from conan_jax.train import checkpoint
 
 
 @dataclass(frozen=True)
 class Source:
-    """`params` is the Embedder's tree; `causal`: to be written as a language model."""
+    """`params` is the Embedder's tree.
+
+    `mask`: "causal" or "bidirectional"; `causal`: to be written as a language model; `origin`: what an imported model was, None for
+    one that was trained here.
+    """
 
     folder: Path  # of the run
     run: config.Run
@@ -30,7 +36,9 @@ class Source:
     params: Any
     tokenizer: Any
     prompts: dict[str, str]
+    mask: str
     causal: bool
+    origin: Origin | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -58,12 +66,15 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
     run = config_io.from_dict(metadata["config"])
     stage_config, step = run.stage(metadata["stage"]), metadata["step"]
     mask = make_stage(stage_config, Embedder(run.model)).mask(step)
-    causal = isinstance(mask, Causal)
-    if not causal:
+    origin = read_origin(place.parent) if stage_config.kind == IMPORTED else None
+    causal = isinstance(mask, Causal) and (origin is None or origin.causal_form)
+    if not isinstance(mask, Causal):
         _refuse_unfinished_mask(mask, stage_config, step)
+    if not causal:
         _refuse_pooling(run.model)
     params = newest.params if step == newest.identity["step"] else checkpoint.restore_params(place, step)
-    return Source(place.parent, run, stage_config, step, params, newest.tokenizer, newest.prompts, causal)
+    return Source(place.parent, run, stage_config, step, params, newest.tokenizer, newest.prompts,
+                  "causal" if isinstance(mask, Causal) else "bidirectional", causal, origin)
 
 
 def _stage_folder(folder: Path, stage: str | None) -> Path:

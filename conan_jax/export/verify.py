@@ -106,7 +106,7 @@ def verify(
         report.checks.append(side.check_vectors(read_json(folder / "check.json", {})))
         if not jax_only:
             report.versions |= torch_side.versions()
-            if described["kind"] != "causal" and (problem := torch_side.ignores_flags()):
+            if described["mask"] != "causal" and (problem := torch_side.ignores_flags()):
                 report.problems.append(problem)
             side.compare(folder, texts, report, progress)
     return report

@@ -19,7 +19,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from conan_jax.data.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
+from conan_jax.data.tokenizer import EOS, UNK, AnyTokenizer, Tokenizer
 from conan_jax.errors import DataError
 
 _SPACE = "\u2581"
@@ -49,7 +49,7 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = (), add_eos: b
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": _prompt_pattern(prompts)}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": prompt_split(prompts),
         "post_processor": _ends(model.pieces[EOS].piece) if add_eos else None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
@@ -60,19 +60,24 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = (), add_eos: b
     }
 
 
-def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+def tokenizer_config(tokenizer: AnyTokenizer, content: dict[str, Any], max_length: int) -> dict[str, Any]:
     """The content of `tokenizer_config.json`: the names of the special ids, and texts of at most `max_length` tokens.
 
-    `split_special_tokens` makes "</s>" in a text four characters again, once transformers has added the special tokens.
+    `content` is that of `tokenizer.json`. `split_special_tokens` makes "</s>" in a text four characters again, once transformers has
+    added the special tokens.
     """
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
-    names = {"pad_token": PAD, "unk_token": UNK, "bos_token": BOS, "eos_token": EOS}
+    names = {i: token for token, i in content["model"]["vocab"].items()} | {t["id"]: t["content"] for t in content["added_tokens"]}
+    ids = {"pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: model.pieces[i].piece for name, i in names.items()},
+        "tokenizer_class": "PreTrainedTokenizerFast", **{key: names[i] for key, i in ids.items() if i is not None},
         "model_max_length": max_length, "padding_side": "right", "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, "split_special_tokens": True,
     }
+
+
+def prompt_split(prompts: Iterable[str] = ()) -> dict[str, Any]:
+    """A pre-tokeniser that cuts a text where its prompt ends: one of `prompts`, or "Instruct: ...\\nQuery: "."""
+    return {"type": "Split", "pattern": {"Regex": _prompt_pattern(prompts)}, "behavior": "Isolated", "invert": False}
 
 
 def _ends(eos: str) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_a_run_without_figures_has_a_card_without_figures(tmp_path):
     (tmp_path / "run" / "data" / "pairs" / "manifest.json").unlink()
     export(run.output_dir, tmp_path / "e")
     card = (tmp_path / "e" / "README.md").read_text()
-    assert "## Figures" not in card and "| pairs | pair |  | weak | some_pairs.jsonl |" in card and "Nothing is known here of its quality" in card
+    assert "## Figures" not in card and "| pairs | pair |  | pretrain, weak | some_pairs.jsonl |" in card and "Nothing is known here of its quality" in card
 
 
 def test_the_export_of_what_was_trained_further_is_another(run, tmp_path):

@@ -139,8 +139,8 @@ def test_a_text_that_is_cut_keeps_its_end():
 
 
 def test_the_configuration_names_the_special_ids():
-    found = tokenizer_config(tokenizer(), 512)
-    vocab = tokenizer_json(tokenizer())["model"]["vocab"]
+    content = tokenizer_json(tokenizer())
+    found, vocab = tokenizer_config(tokenizer(), content, 512), content["model"]["vocab"]
     assert [vocab[found[f"{name}_token"]] for name in ("pad", "unk", "bos", "eos")] == [0, 1, 2, 3]
     assert found["model_max_length"] == 512 and found["split_special_tokens"] is True
 
