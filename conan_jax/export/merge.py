@@ -20,7 +20,7 @@ from jaxtyping import Float32
 from conan_jax import config
 from conan_jax.config_io import from_dict
 from conan_jax.errors import CheckpointError, ConfigError
-from conan_jax.hf.importer import placed, write_run
+from conan_jax.hf.importer import placed, refuse_taken, write_run
 from conan_jax.inference.load import find_tokenizer
 from conan_jax.model import Embedder
 from conan_jax.train import checkpoint
@@ -58,6 +58,7 @@ def merge(
         CheckpointError: a checkpoint is missing or damaged, or they are of several models or tokenizers.
     """
     shares = _shares(places, weights, method)
+    refuse_taken(Path(out))
     found = [checkpoint.locate(place) for place in places]
     metadata = [checkpoint.read_metadata(folder, step) for folder, step in found]
     run = from_dict(metadata[0]["config"])

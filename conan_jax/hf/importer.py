@@ -80,6 +80,7 @@ def import_folder(
         DataError: there is no tokenizer, or it has more tokens than the model.
     """
     folder, out = Path(folder), Path(out)
+    refuse_taken(out)
     described = _read_config(folder)
     model = from_hf_config(described, str(folder / "config.json"))
     tensors = read_tensors(folder)
@@ -94,7 +95,6 @@ def import_folder(
     if model.max_length < described.get("max_position_embeddings", 0):
         notes.append(f"rows are cut to {model.max_length:,} tokens, its sliding window: up to there the window cuts nothing off")
     tokenizer = _tokenizer(folder, model)
-    _refuse_taken(out)
     total, done = sum(tensors.size(name) for name in tensors), 0
 
     def advance(size: int) -> None:
@@ -136,7 +136,7 @@ def write_run(
 
     Raises `ConfigError` when something stands at `out`, `CheckpointError` or `DataError` when it cannot be written.
     """
-    _refuse_taken(out)
+    refuse_taken(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -193,7 +193,8 @@ def _tokenizer(folder: Path, model: config.Model) -> AnyTokenizer:
     return tokenizer
 
 
-def _refuse_taken(out: Path) -> None:
+def refuse_taken(out: Path) -> None:
+    """Raises `ConfigError` when something stands at `out`; an empty folder is nothing."""
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
         raise ConfigError(f"{out} is there already; name another folder, or move it away")
 
