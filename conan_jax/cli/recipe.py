@@ -189,7 +189,7 @@ class Recipe:
             write_json(file.with_name("diagnostics.json"), found)
             write_json(file, figures)
         if figures:
-            self.console.print(f"[bold]{who}[/bold] " + "  ".join(f"{name} {headline(f)}" for name, f in figures.items()), highlight=False)
+            self.console.print(f"[bold]{who}[/bold] " + "  ".join(headline(e, figures[e.name]) for e in self.evaluations), highlight=False)
 
     def summarise(self) -> dict[str, Any]:
         """Write and return `summary.json`: the main figures by stage, everything else beneath."""
@@ -258,9 +258,9 @@ def together(run: config.Run, *, on_stderr: bool = False) -> Iterator[tuple[Reci
         yield Recipe(run, console), peers
 
 
-def headline(figures: dict[str, float]) -> str:
-    """The one figure people quote for a kind of evaluation."""
-    for name in ("ndcg@10", "spearman", "accuracy", "f1", "v_measure"):
-        if name in figures:
-            return f"{name} {figures[name]:.3f}"
-    return ""
+def headline(evaluation: config.Evaluation, figures: dict[str, float]) -> str:
+    """A set and the one figure people quote for its kind."""
+    from conan_jax.eval import MAIN_FIGURES
+
+    main = MAIN_FIGURES[evaluation.kind]
+    return f"{evaluation.name} {main} {figures[main]:.3f}"

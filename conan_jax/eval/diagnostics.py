@@ -87,7 +87,7 @@ def view_of(encoder: Any, evaluation: config.Evaluation) -> View:
     """The vectors and pairs of a set.
 
     Searches: query and relevant document; a random other one; the nearest that is not judged relevant. Bitext: the same with
-    translations. STS: pairs scored at least 4/5 of the highest score; sentences of different pairs; pairs scored at most 1/5.
+    translations, over all languages. STS: pairs scored at least 4/5 of the highest score; sentences of different pairs; pairs scored at most 1/5.
     Labels: texts of one label; texts of different labels.
     """
     rng = np.random.default_rng(SEED)
@@ -101,9 +101,11 @@ def view_of(encoder: Any, evaluation: config.Evaluation) -> View:
         return _searched(left, right, relevant, rng)
     if evaluation.kind == "bitext":
         records = read_bitext(evaluation.path, evaluation.max_queries, evaluation.languages)
-        part = next(iter(split(records).values()))
-        left, right = (encoder.encode([r[side] for r in part], **options) for side in ("sentence1", "sentence2"))
-        return _searched(left, right, [{i} for i in range(len(part))], rng)
+        left, right = (encoder.encode([r[side] for r in records], **options) for side in ("sentence1", "sentence2"))
+        alike: dict[str, set[int]] = {}
+        for i, record in enumerate(records):
+            alike.setdefault(record["sentence2"], set()).add(i)
+        return _searched(left, right, [alike[r["sentence2"]] for r in records], rng)
     if evaluation.kind == "sts":
         records = read_records(evaluation.path, "sts", evaluation.max_queries, evaluation.languages)
         left, right = (encoder.encode([r[side] for r in records], **options) for side in ("sentence1", "sentence2"))

@@ -327,9 +327,10 @@ def _title(who: str) -> str:
 
 def metric_title(name: str) -> str:
     """A figure's name as people write it."""
-    written = {"ndcg@10": "nDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "spearman": "Spearman", "accuracy": "Accuracy",
-               "f1": "F1", "v_measure": "V-measure", "recall@100": "Recall@100", "recall@20": "Recall@20"}
-    return written.get(name, name)
+    written = {"ndcg": "nDCG", "mrr": "MRR", "f1": "F1", "f1_weighted": "F1 weighted", "ami": "AMI", "v_measure": "V-measure",
+               "v_measure_std": "its deviation"}
+    base, at, depth = name.partition("@")
+    return f"{written.get(base, base.capitalize())}{at}{depth}"
 
 
 def _short(number: float) -> str:

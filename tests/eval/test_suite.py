@@ -1,0 +1,241 @@
+"""Suites: found or listed, chosen from, carried out, resumed; `conan eval` from end to end with an encoder of words."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from conan_jax import config
+from conan_jax.cli.eval import evaluate as command
+from conan_jax.errors import ConfigError, DataError
+from conan_jax.eval import clustering
+from conan_jax.eval.results import run_suite
+from conan_jax.eval.suite import files_of, read_suite, select, with_prompts
+from conan_jax.inference.encoder import Encoder
+from conan_jax.train.evaluation_page import write_page
+from tests.eval.fakes import WordEncoder
+from tests.eval.test_retrieval import doc, write_beir
+from tests.test_report import Page
+
+WORDS = "open file close socket read rose ruby sea sky".split()
+
+
+class Words(WordEncoder):
+    dimension = len(WORDS)
+
+    def __init__(self, weight=1.0):
+        super().__init__(WORDS, "words")
+        self.params = {"w": np.full(3, weight, np.float32)}
+        self.prompts = {"query": "Q: ", "document": "", "colours": "Colour: "}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(clustering, "SAMPLES", 20)
+    made = tmp_path / "data"
+    documents = [doc(0, "open file"), doc(1, "close socket"), doc(2, "read socket")]
+    queries = [{"_id": "a", "text": "open", "lang": "en"}, {"_id": "b", "text": "close", "lang": "de"}]
+    write_beir(made / "search/dev", documents, queries, [("a", "d0", 1), ("b", "d2", 1)], zipped=True)
+    labelled = [{"text": t, "label": label} for t, label in (("rose", "red"), ("ruby", "red"), ("sea", "blue"), ("sky", "blue"))]
+    put(made / "colours/train.jsonl", labelled * 3)
+    put(made / "colours/test.jsonl", labelled[:3])
+    put(made / "colours/valid.jsonl", labelled)
+    put(made / "topics/colours_nc.jsonl.gz", labelled)
+    pairs = [{"sentence1": "rose", "sentence2": s, "score": g} for s, g in (("rose", 5), ("rose sea", 2), ("sea", 0))]
+    put(made / "sts/pairs.en.dev.jsonl.gz", pairs)
+    put(made / "sts/pairs.en.train.jsonl.gz", pairs)
+    put(made / "bitext.jsonl", [{"lang": lang, "sentence1": w, "sentence2": w} for lang in ("de", "fr") for w in WORDS[:4]])
+    put(made / "mkqa/corpus.jsonl", documents)
+    put(made / "mkqa/mkqa.jsonl", [{"_id": "1", "text": "open", "lang": "de", "answers": ["file"]}])
+    put(made / "text/lm.jsonl", [{"text": "no label"}])
+    (made / "README.md").write_text("not a set")
+    return made
+
+
+def put(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def test_layouts_are_recognised_and_training_files_left_alone(folder):
+    suite = read_suite(folder)
+    assert {e.name: e.kind for e in suite.sets} == {
+        "bitext": "bitext", "colours": "classification", "mkqa": "mkqa", "search/dev": "retrieval", "sts/pairs.en.dev": "sts",
+        "topics/colours_nc": "clustering"}
+    colours = next(e for e in suite.sets if e.name == "colours")
+    assert colours.path.endswith("test.jsonl") and colours.train_path.endswith("train.jsonl")
+    assert [f.name for f in files_of(suite.sets[3])] == ["corpus.jsonl.gz", "queries.jsonl.gz", "dev.tsv"]
+    assert [f.name for f in files_of(colours)] == ["test.jsonl", "train.jsonl"]
+
+
+def test_a_folder_that_is_one_set_and_one_with_two_splits(folder):
+    assert [e.name for e in read_suite(folder / "search/dev").sets] == ["dev"]
+    shutil.copy(folder / "search/dev/qrels/dev.tsv", folder / "search/dev/qrels/test.tsv")
+    shutil.copy(folder / "search/dev/qrels/dev.tsv", folder / "search/dev/qrels/train.tsv")
+    assert [(e.name, e.split) for e in read_suite(folder).sets if e.kind == "retrieval"] == [("search/dev.dev", "dev"), ("search/dev.test", "test")]
+
+
+def test_sets_are_chosen_by_name_pattern_or_kind_and_bounded(folder):
+    suite = read_suite(folder)
+    assert [e.name for e in select(suite, ["s*", "bitext"]).sets] == ["bitext", "search/dev", "sts/pairs.en.dev"]
+    assert [e.name for e in select(suite, ["classification"]).sets] == ["colours"]
+    assert {e.max_queries for e in select(suite, max_queries=3).sets} == {3}
+    with pytest.raises(ConfigError, match="no set of the suite is called 'sst'; it has bitext, colours"):
+        select(suite, ["sst"])
+
+
+def test_languages_keep_what_speaks_them_and_what_says_nothing(folder):
+    chosen = select(read_suite(folder), languages=["fr", "en"])
+    assert {e.name: e.languages for e in chosen.sets} == {
+        "bitext": ("fr",), "colours": (), "search/dev": ("en",), "sts/pairs.en.dev": (), "topics/colours_nc": ()}
+    with pytest.raises(ConfigError, match="no set has the language 'nl'; there are de, en, fr"):
+        select(read_suite(folder), languages=["nl"])
+
+
+def test_found_sets_take_the_prompt_of_their_name():
+    prompts = {"query": "Q: ", "document": "", "banking77": "B: "}
+    assert [with_prompts(config.Evaluation(n, k, "x", train_path="y" if k == "classification" else None), prompts).prompt_name for n, k in
+            (("clr/dev", "retrieval"), ("classification/banking77", "classification"), ("sts/x", "sts"))] == ["query", "banking77", None]
+
+
+LISTED = """
+sets:
+  - {name: similar, kind: sts, path: sts/pairs.en.dev.jsonl.gz, instruction: Compare, max_length: 9}
+  - {name: hues, kind: classification, path: colours/test.jsonl, train_path: colours/train.jsonl, prompt_name: colours}
+"""
+
+
+def test_a_listed_suite_is_read_as_it_says(folder):
+    (folder / "suite.yaml").write_text(LISTED)
+    suite = read_suite(folder)
+    assert suite.listed and [e.name for e in suite.sets] == ["similar", "hues"]
+    assert suite.sets[0].path == str(folder / "sts/pairs.en.dev.jsonl.gz") and suite.sets[0].max_length == 9
+    encoder = Words()
+    run_suite(encoder, suite, folder / "out", [9])
+    assert {(prompt, length) for _, prompt, length in encoder.calls} == {("Instruct: Compare\nQuery: ", 9), ("Colour: ", 256)}
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sets: [", "suite.yaml is not YAML"),
+    ("- a", "must hold one key, sets"),
+    ("sets: []\nmore: 1", "must hold one key, sets"),
+    ("sets:\n - {name: a, kind: sts, pth: x}", "suite.yaml: sets.a.*|unknown key 'pth'"),
+    ("sets:\n - {name: a, kind: stss, path: x}", r"suite.yaml: sets.a.kind = 'stss'.*did you mean 'sts'"),
+    ("sets:\n - {name: a, kind: sts}", "suite.yaml: sets.a"),
+    ("sets:\n - {name: a, kind: classification, path: x}", "'a' needs train_path"),
+    ("sets:\n - {name: a, kind: sts, path: x}\n - {name: a, kind: sts, path: y}", "two sets are called 'a'"),
+    ("sets:\n - {name: a, kind: sts, path: x, max_length: long}", "suite.yaml: sets.a.max_length"),
+    ("sets: []", "holds no evaluation set"),
+    ("sets: !!python/object/apply:os.system [ls]", "is not YAML"),
+])
+def test_a_wrong_suite_is_refused_by_its_key(folder, text, message):
+    (folder / "suite.yaml").write_text(text)
+    with pytest.raises((ConfigError, DataError), match=message):
+        read_suite(folder)
+
+
+def test_a_folder_without_sets_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no evaluation set"):
+        read_suite(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        read_suite(tmp_path / "none")
+
+
+def test_a_suite_is_carried_out_and_goes_on_where_it_stopped(folder):
+    encoder, out, seen = Words(), folder.parent / "out", []
+
+    def stop(name, result, computed):
+        seen.append((name, computed))
+        if name == "mkqa":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(encoder, read_suite(folder), out, [4, 9], finished=stop)
+    assert seen == [("bitext", True), ("colours", True), ("mkqa", True)]
+    seen.clear()
+    results = run_suite(encoder, read_suite(folder), out, [4, 9], finished=lambda *a: seen.append((a[0], a[2])))
+    assert seen[:3] == [("bitext", False), ("colours", False), ("mkqa", False)] and all(computed for _, computed in seen[3:])
+    assert results == json.loads((out / "results.json").read_text())
+    found = results["sets"]["search/dev"]
+    assert found["main"] == "ndcg@10" and found["figures"]["ndcg@10/en"] == 1 and found["texts"] == 5 and found["settings"]["prompt_name"] == "query"
+    assert results["encoder"]["run"] == "words" and len(results["encoder"]["weights_sha256"]) == 64 and "scipy" in results["versions"]
+    assert set(json.loads((out / "diagnostics.json").read_text())) == set(results["sets"])
+    calls = len(encoder.calls)
+    run_suite(encoder, read_suite(folder), out, [4, 9])
+    assert len(encoder.calls) == calls
+
+
+@pytest.mark.parametrize("what", ["weights", "data", "settings", "fresh"])
+def test_what_has_changed_is_computed_again(folder, what):
+    out, encoder, suite = folder.parent / "out", Words(), select(read_suite(folder), ["sts", "bitext"])
+    run_suite(encoder, suite, out, [9])
+    encoder, seen = Words(2.0 if what == "weights" else 1.0), []
+    if what == "data":
+        put(folder / "bitext.jsonl", [{"lang": "de", "sentence1": w, "sentence2": w} for w in WORDS])
+    if what == "settings":
+        suite = select(suite, max_queries=2)
+    run_suite(encoder, suite, out, [9], fresh=what == "fresh", finished=lambda *a: seen.append(a[2]))
+    assert seen == ([True, False] if what == "data" else [True, True])
+
+
+def test_the_page_shows_every_set_and_fetches_nothing(folder):
+    out = folder.parent / "out"
+    run_suite(Words(), read_suite(folder), out, [4, 9])
+    html = write_page(out).read_text()
+    page = Page(html)
+    for shown in ("Retrieval", "MKQA", "Bitext mining", "Clustering", "search/dev", "sts/pairs.en.dev", "search/dev by language", "weights_sha256",
+                  "bitext: languages", "bitext: between languages", "colours: cosines", "Spearman by dimension".split()[0]):
+        assert shown in page.text, shown
+    assert not {"script", "link", "iframe", "img"} & set(page.tags) and "default-src 'none'" in html
+    assert write_page(out).read_text() == html
+    with pytest.raises(DataError, match="holds no results.json"):
+        write_page(folder)
+
+
+def test_names_are_escaped(folder):
+    evil = '<script>alert("x")</script>&$x^2$'
+    suite = read_suite(folder)
+    out = folder.parent / "out"
+    results = run_suite(Words(), suite, out, [9])
+    results["sets"][evil] = results["sets"].pop("search/dev") | {"figures": {"ndcg@10": 0.5, f"ndcg@10/{evil}": 0.5}}
+    (out / "results.json").write_text(json.dumps(results))
+    page = Page(write_page(out).read_text())
+    assert "script" not in page.tags and evil in page.text
+
+
+@pytest.fixture
+def conan(monkeypatch):
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, folder: Words()))
+    app = Typer()
+    app.command()(command)
+    app.command("other")(lambda: None)
+    return lambda *arguments: CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_the_command_prints_a_table_for_each_kind_and_language(folder, conan):
+    model = folder.parent / "run"
+    result = conan(model, "--suite", folder)
+    assert result.exit_code == 0, result.output
+    for shown in ("search/dev  ndcg@10", "retrieval", "search/dev, by language", "classification", "clustering", "mkqa", "bitext", "spearman"):
+        assert shown in result.output, shown
+    assert (model / "eval/data/results.json").is_file() and (model / "eval/data/report.html").is_file()
+    again = conan(model, "--suite", folder, "--json")
+    assert set(json.loads(again.stdout)["sets"]) >= {"bitext", "search/dev"} and "kept" in again.stderr
+
+
+def test_an_export_is_left_as_it_is(folder, conan):
+    export = folder.parent / "export"
+    export.mkdir()
+    (export / "manifest.json").write_text("{}")
+    assert conan(export, "--suite", folder, "--only", "sts").exit_code == 0
+    assert [p.name for p in export.iterdir()] == ["manifest.json"] and (folder.parent / "export.eval/data/results.json").is_file()
+
+
+def test_a_wrong_name_ends_with_the_error(folder, conan):
+    result = conan(folder.parent / "run", "--suite", folder, "--only", "nothing")
+    assert isinstance(result.exception, ConfigError)
