@@ -42,14 +42,17 @@ def recipe(folder: Path, model: config.Model = MODEL) -> config.Run:
     )
 
 
-def make_run(folder: Path, model: config.Model = MODEL, steps=(("pretrain", 4), ("weak", 3), ("weak", 6), ("supervised", 3))) -> config.Run:
+def make_run(
+    folder: Path, model: config.Model = MODEL, steps=(("pretrain", 4), ("weak", 3), ("weak", 6), ("supervised", 3)), reader=None,
+) -> config.Run:
     """The folder of the run, with the checkpoints `steps`; weights differ from stage to stage."""
     run = recipe(folder, model)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_io.to_dict(run)))
-    tokenizer().save(folder / "data" / "tokenizer")
+    reader = reader or tokenizer()
+    reader.save(folder / "data" / "tokenizer")
     for i, (name, step) in enumerate(steps):
-        save(run, name, step, jax.tree.map(lambda a: a * (1 + 0.1 * i), params_of(Embedder(model))))
+        save(run, name, step, jax.tree.map(lambda a: a * (1 + 0.1 * i), params_of(Embedder(model))), reader)
     for row, figures in FIGURES.items():
         (folder / row).mkdir(exist_ok=True)
         (folder / row / "evaluation.json").write_text(json.dumps(figures))
@@ -61,9 +64,10 @@ def make_run(folder: Path, model: config.Model = MODEL, steps=(("pretrain", 4), 
     return run
 
 
-def save(run: config.Run, name: str, step: int, params) -> None:
+def save(run: config.Run, name: str, step: int, params, reader=None) -> None:
     stage, number = run.stage(name), np.int32(step)
-    state = TrainState(step=number, params=jax.device_put(params, jax.devices()[0]), opt_state=(), carry={}, skipped=number, skipped_in_row=number)
-    writer = checkpoint.Checkpoints(Path(run.output_dir) / name, 5, checkpoint.make_metadata(run, stage, tokenizer().sha256))
+    params = jax.device_put(params, jax.devices()[0])
+    state = TrainState(step=number, params=params, opt_state=(), carry={}, skipped=number, skipped_in_row=number)
+    writer = checkpoint.Checkpoints(Path(run.output_dir) / name, 5, checkpoint.make_metadata(run, stage, (reader or tokenizer()).sha256))
     writer.save(step, state)
     writer.close()
