@@ -22,7 +22,7 @@ from conan_jax.data.json_tokenizer import JSON_FILE, JsonTokenizer
 from conan_jax.data.tokenizer import MODEL_FILE, AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json, write_json
-from conan_jax.hf.architectures import from_hf_config, is_causal, to_hf_config
+from conan_jax.hf.architectures import ARCHITECTURES, from_hf_config, is_causal, to_hf_config
 from conan_jax.hf.weights import DTYPES, from_tensors, is_causal_form, read_tensors
 from conan_jax.stages.imported import KIND
 from conan_jax.train import checkpoint
@@ -88,10 +88,14 @@ def import_folder(
     counts = Counter(tensors.dtypes.values())
     dtype = counts.most_common(1)[0][0]
     others = {name: _DTYPE_NAMES[other] for name, other in tensors.dtypes.items() if other != dtype}
-    origin = Origin(described["model_type"], causal_form, _DTYPE_NAMES[dtype], others, described)
+    headless = causal_form and not head and not model.tie_word_embeddings
+    if headless:  # written again, it is the bare model
+        bare = ARCHITECTURES[described["model_type"]].class_name(causal=False)
+        tensors, described = tensors.without("lm_head.weight"), {**described, "architectures": [bare]}
+    origin = Origin(described["model_type"], causal_form and not headless, _DTYPE_NAMES[dtype], others, described)
     pooling, notes = _pooling(folder)
     model = replace(model, pooling=pooling, compute_dtype="float32" if dtype == DTYPES["float32"] else "bfloat16",
-                    tie_word_embeddings=model.tie_word_embeddings or not causal_form or not head)
+                    tie_word_embeddings=model.tie_word_embeddings or not origin.causal_form)
     if model.max_length < described.get("max_position_embeddings", 0):
         notes.append(f"rows are cut to {model.max_length:,} tokens, its sliding window: up to there the window cuts nothing off")
     tokenizer = _tokenizer(folder, model)
@@ -103,8 +107,7 @@ def import_folder(
         if progress is not None:
             progress(done, total)
 
-    kept = tensors if head or described.get("tie_word_embeddings") else tensors.without("lm_head.weight")
-    params = from_tensors(kept, model, str(folder), advance)
+    params = from_tensors(tensors, model, str(folder), advance)
     stage = config.CustomStage(name=STAGE, kind=KIND, steps=1, options={"mask": "causal" if is_causal(described) else "bidirectional"})
     run = config.Run(stages=(stage,), datasets=(), model=model, **placed(out, tokenizer))
     write_run(out, run, stage, 1, params, tokenizer, {ORIGIN_FILE: asdict(origin)})

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 from conan_jax import config_io
 from conan_jax.cli.main import app
 from conan_jax.config import Contrastive, Run, WeakStage
+from conan_jax.config import Tokenizer as Settings
 from conan_jax.config.data import Bucket, Dataset, Mix
-from conan_jax.data.tokenizer import Tokenizer
+from conan_jax.data.json_tokenizer import JsonTokenizer
+from conan_jax.data.tokenizer import Tokenizer, train_tokenizer
 from conan_jax.errors import CheckpointError, ConanError, ConfigError, DataError
 from conan_jax.hf.importer import import_folder, read_origin
 from conan_jax.hf.weights import read_tensors, to_tensors, write_safetensors
@@ -78,6 +80,20 @@ def test_a_head_can_be_left_out(tmp_path):
     here = {name: checkpoint.restore_params(checkpoint.locate(tmp_path / name)[0]) for name in ("with", "without")}
     assert here["with"].pop("output_embedding").shape == (folders.V, folders.D)
     assert jax.tree.all(jax.tree.map(np.array_equal, here["with"], here["without"]))
+    origin = read_origin(tmp_path / "without")
+    assert not origin.causal_form and origin.hf_config(without.model)["architectures"] == ["LlamaModel"]
+    tied, _ = folders.write(tmp_path / "b", "qwen2")
+    assert import_folder(tied, tmp_path / "tied", head=False).origin.causal_form  # there is no head of its own to leave out
+
+
+def test_a_tokenizer_of_ours_stays_one(tmp_path):
+    folder, _ = folders.write(tmp_path / "a")
+    ours = train_tokenizer(["the reader reads a file"] * 9, Settings(vocab_size=280), tmp_path / "ours")
+    (folder / "tokenizer.model").write_bytes((tmp_path / "ours" / "tokenizer.model").read_bytes())
+    made = import_folder(folder, tmp_path / "run")
+    assert made.tokenizer.sha256 == ours.sha256 == Encoder.load(tmp_path / "run").tokenizer.sha256
+    (folder / "tokenizer.model").write_bytes(b"that of Llama 2")
+    assert isinstance(import_folder(folder, tmp_path / "other").tokenizer, JsonTokenizer)
 
 
 @pytest.mark.parametrize("breakage, error, message", [
