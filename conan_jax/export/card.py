@@ -32,7 +32,7 @@ def render(source: Source, described: dict[str, Any]) -> str:
         parameters=num_params(replace(source.run.model, tie_word_embeddings=described["model"]["tie_word_embeddings"])),
         stages=[_recipe(stage) for stage in stages], datasets=_datasets(source, stages), tables=_tables(source, stages),
         longest=max((length for stage in stages for length in source.run.lengths(stage)), default=None),
-        prompts={name: prompt for name, prompt in source.prompts.items() if prompt},
+        merged=_merged(source), prompts={name: prompt for name, prompt in source.prompts.items() if prompt},
     )
 
 
@@ -62,6 +62,12 @@ def _recipe(stage: config.Stage) -> dict[str, Any]:
     batch = getattr(stage, "global_batch_size", None) or sum(task.global_batch_size for task in tasks) or None
     return {"name": stage.name, "kind": stage.kind, "steps": stage.steps, "batch": batch, "learning_rate": stage.optimizer.learning_rate,
             "notes": "; ".join(notes)}
+
+
+def _merged(source: Source) -> list[str]:
+    """Of an average of checkpoints, what was averaged: "0.5 x a/supervised, step 30"."""
+    sources = read_json(source.folder / "merge.json", {}).get("sources", [])
+    return [f"{s['weight']:g} x {'/'.join(PurePath(s['folder']).parts[-2:])}, step {s['step']}" for s in sources]
 
 
 def _datasets(source: Source, stages: list[config.Stage]) -> list[dict[str, Any]]:
