@@ -35,6 +35,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def _mount() -> None:
     from conan_jax.cli import config, data, demo, encode, export, import_, launch, merge, preflight, search, tokenizer, train, verify
+    from conan_jax.cli import eval as evaluation
 
     app.command("demo")(demo.demo)
     app.command("train")(train.train)
@@ -45,6 +46,7 @@ def _mount() -> None:
     app.command("export")(export.export)
     app.command("verify")(verify.verify)
     app.command("merge")(merge.merge)
+    app.command("eval")(evaluation.evaluate)
     app.command("report")(train.report)
     app.add_typer(import_.app, name="import")
     app.add_typer(data.app, name="data")

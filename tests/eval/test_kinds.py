@@ -186,6 +186,13 @@ def test_recall_is_the_share_of_questions_with_a_hit(tmp_path, monkeypatch):
     assert figures["ndcg@10"] == pytest.approx((figures["ndcg@10/de"] + figures["ndcg@10/en"]) / 2)
 
 
+def test_one_hit_is_enough_for_recall(tmp_path):
+    write(tmp_path / "corpus.jsonl", [{"_id": f"p{i}", "text": "London" if i >= 19 else "Paris"} for i in range(130)])
+    write(tmp_path / "mkqa.jsonl", [{"_id": "a", "text": "x", "lang": "en", "answers": ["London"]}])
+    figures = evaluate(WordEncoder(["x"]), config.Evaluation("e", "mkqa", str(tmp_path)))  # all alike: passages in their order
+    assert figures == {"recall@20": 1, "recall@100": 1, "ndcg@10": 0}
+
+
 def categories(text):
     """DPR's SimpleTokenizer, character by character."""
     found, run = [], ""
