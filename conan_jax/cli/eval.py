@@ -9,10 +9,14 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from conan_jax.errors import ConfigError
+from conan_jax.files import write_json
+
 
 def evaluate(
     model: Path = typer.Argument(..., help="The folder of a run, of one of its stages, or of an export."),
-    suite: Path = typer.Option(..., "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
+    suite: Path = typer.Option(None, "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
+    mteb: str = typer.Option("", "--mteb", help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax[mteb]."),
     only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
     out: Path = typer.Option(None, "--out", help="Where results.json goes. Default: eval/SUITE in a run; EXPORT.eval/SUITE beside an export."),
     max_queries: int = typer.Option(None, "--max-queries", min=1, help="At most so many queries of a set; elsewhere pairs or test texts of each language."),
@@ -34,7 +38,22 @@ def evaluate(
         conan eval runs/small_multilingual --suite $CONAN_DATA --only "sts/*,clr/dev" --max-queries 200
 
         conan eval exports/model --suite mkqa --languages de,ja,ar --json
+
+        conan eval exports/model --mteb STSBenchmark,SciFact --out scores
     """
+    if (suite is None) == (not mteb):
+        raise ConfigError("name either a folder of sets with --suite or tasks with --mteb")
+    console = Console(stderr=as_json)
+    if mteb:
+        results = _mteb(model, _names(mteb), out or _default_folder(model) / "mteb", console)
+    else:
+        results = _suite(model, suite, _names(only), max_queries, _names(languages), out, fresh, console)
+    if as_json:
+        typer.echo(json.dumps(results))
+
+
+def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, languages: list[str], out: Path | None, fresh: bool,
+           console: Console) -> dict[str, Any]:
     from conan_jax.cli.tables import suite_tables
     from conan_jax.eval.dimensions import dimensions_of
     from conan_jax.eval.results import run_suite
@@ -42,20 +61,34 @@ def evaluate(
     from conan_jax.inference.encoder import Encoder
     from conan_jax.train.evaluation_page import write_page
 
-    console = Console(stderr=as_json)
-    chosen = select(read_suite(suite), _names(only), max_queries, _names(languages))
+    chosen = select(read_suite(suite), only, max_queries, languages)
     encoder = Encoder.load(model)
     folder = out or _default_folder(model) / chosen.name
     with _Bars(console, len(chosen.sets)) as bars:
         results = run_suite(encoder, chosen, folder, dimensions_of(model, encoder.dimension), fresh=fresh,
                             begin=bars.begin, finished=bars.finished)
     page = write_page(folder)
-    if as_json:
-        typer.echo(json.dumps(results))
-        return
     for table in suite_tables(results):
         console.print(table)
     console.print(f"results {folder / 'results.json'}\nreport  {page}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _mteb(model: Path, tasks: list[str], folder: Path, console: Console) -> dict[str, Any]:
+    """Scores of mteb's own tasks, each written to FOLDER/mteb.json when it is done."""
+    from conan_jax.eval.mteb_wrapper import MtebEncoder, evaluate_tasks
+    from conan_jax.eval.results import identity_of
+    from conan_jax.inference.encoder import Encoder
+
+    wrapped = MtebEncoder(Encoder.load(model))
+    results: dict[str, Any] = {"encoder": identity_of(wrapped.model), "tasks": {}}
+    for task in tasks:
+        with console.status(f"scoring {task}"):
+            results["tasks"] |= evaluate_tasks(wrapped, [task])
+        write_json(folder / "mteb.json", results)
+        console.print(f"{task}  main score {results['tasks'][task]['main_score']:.4f}", highlight=False)
+    console.print(f"results {folder / 'mteb.json'}", highlight=False, soft_wrap=True)
+    return results
 
 
 def _names(text: str) -> list[str]:

@@ -236,6 +236,11 @@ def test_an_export_is_left_as_it_is(folder, conan):
     assert [p.name for p in export.iterdir()] == ["manifest.json"] and (folder.parent / "export.eval/data/results.json").is_file()
 
 
+@pytest.mark.parametrize("arguments", [(), ("--suite", "a", "--mteb", "b")])
+def test_one_of_suite_and_mteb_is_named(folder, conan, arguments):
+    assert "either a folder of sets with --suite or tasks with --mteb" in str(conan(folder, *arguments).exception)
+
+
 def test_a_wrong_name_ends_with_the_error(folder, conan):
     result = conan(folder.parent / "run", "--suite", folder, "--only", "nothing")
     assert isinstance(result.exception, ConfigError)

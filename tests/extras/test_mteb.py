@@ -19,8 +19,11 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # noqa: 
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 from threadpoolctl import threadpool_limits  # noqa: E402
+from typer import Typer  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 from conan_jax import config  # noqa: E402
+from conan_jax.cli.eval import evaluate as command  # noqa: E402
 from conan_jax.data.tokenizer import train_tokenizer  # noqa: E402
 from conan_jax.errors import ConfigError, DataError  # noqa: E402
 from conan_jax.eval import clustering, evaluate  # noqa: E402
@@ -216,6 +219,22 @@ def test_prompts_follow_the_order_of_mteb(encoder):
     tasks = mteb.get_tasks(tasks=["SciFact", "STSBenchmark", "Banking77Classification"])
     assert prompt_map(model, tasks) == {"SciFact": {"query": "Instruct: find it\nQuery: ", "document": ""}, "STSBenchmark": {"text": ""},
                                         "Banking77Classification": {"text": "Instruct: name it\nQuery: "}}
+
+
+def test_the_command_scores_tasks_of_mteb(encoder, tmp_path, monkeypatch):
+    from mteb.mocks.mock_tasks import MockSTSTask
+
+    monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, folder: encoder))
+    monkeypatch.setattr(mteb, "get_task", lambda name: MockSTSTask())
+    app = Typer()
+    app.command()(command)
+    app.command("other")(lambda: None)
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--mteb", "MockSTSTask", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "eval/mteb/mteb.json").read_text())
+    assert found == json.loads(result.stdout[result.stdout.index("{"):]) and found["tasks"]["MockSTSTask"]["prompts"] == {"text": ""}
+    scores = found["tasks"]["MockSTSTask"]["scores"]["test"][0]
+    assert found["tasks"]["MockSTSTask"]["main_score"] == pytest.approx(scores["main_score"])
 
 
 def test_a_task_that_is_not_here_is_named(model):
