@@ -84,7 +84,7 @@ class Report:
 def verify(
     folder: str | Path, texts: Sequence[str] | None = None, *, jax_only: bool = False, progress: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Compare an export with its manifest and its check vectors in JAX, then PyTorch with JAX on `texts` (default: 45 in 21 scripts).
+    """Compare an export with its manifest and its check vectors in JAX, then PyTorch with JAX on `texts` (default: 45 in 20 scripts).
 
     `jax_only` leaves PyTorch out. `progress` is told what comes next.
 
@@ -241,10 +241,10 @@ def _embeddings(params: Any, ids: Sequence[int]) -> Float32[np.ndarray, "L D"]:
 
 
 def _states(params: Any, model: config.Model, ids: Sequence[int], mask: Mask) -> Float32[np.ndarray, "L D"]:
-    """Final-norm states of one row. Rows are padded to a power of two, so that few programs are compiled."""
-    length = 16
+    """Final-norm states of one row. Rows are padded to 64, 256, 1024 ... tokens, so that few programs are compiled."""
+    length = LAYER_TOKENS
     while length < len(ids):
-        length *= 2
+        length *= 4
     row = np.zeros((1, length), np.int32)
     row[0, : len(ids)] = ids
     hidden = _hidden(Embedder(model), params, row, Layout.from_lengths(jnp.array([len(ids)]), length), mask)

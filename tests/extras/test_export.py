@@ -22,13 +22,16 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 import transformers  # noqa: E402
 
 from conan_jax.config import RopeScaling  # noqa: E402
+from conan_jax.data.tokenizer import Tokenizer  # noqa: E402
 from conan_jax.export import manifest, torch_side  # noqa: E402
 from conan_jax.export.folder import export  # noqa: E402
 from conan_jax.export.texts import PLAIN, TEXTS  # noqa: E402
 from conan_jax.export.verify import verify  # noqa: E402
+from conan_jax.hf.importer import import_folder  # noqa: E402
 from conan_jax.inference.encoder import Encoder  # noqa: E402
 from tests.data.corpus import tokenizer  # noqa: E402
 from tests.export.runs import MODEL, TASK, make_run  # noqa: E402
+from tests.hf.folders import write as write_folder  # noqa: E402
 
 PROMPT = f"Instruct: {TASK}\nQuery: "
 SHARED = Path(os.environ.get("CONAN_DATA", "../shared/data"))
@@ -141,21 +144,41 @@ def test_eager_and_sdpa_attention_agree(folders, loaded):
 
 
 def test_verify_accepts_both_kinds(folders):
-    for folder in folders:
-        report = verify(folder)
+    reports = [verify(folder) for folder in folders]
+    for report in reports:
         assert report.ok and report.min_cosine > 0.9999 and report.token_rows_that_differ == 0 and not report.problems
         assert [layer.name for layer in report.layers] == ["embeddings", "layer 1", "layer 2"]
-    assert {"first 8 of 32", "first 16 of 32", "prompt query, padded left", "one by one"} <= {check.name for check in verify(folders[0]).checks}
+    assert {"first 8 of 32", "first 16 of 32", "prompt query, padded left", "one by one"} <= {check.name for check in reports[0].checks}
 
 
-@pytest.mark.parametrize("changes", [
-    {"qk_norm": True}, {"attention_bias": True}, {"pooling": "last"},
-    {"rope_scaling": RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)},
-], ids=lambda changes: next(iter(changes)))
+ROPE = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": True, "rope_scaling": ROPE}, {"attention_bias": True, "pooling": "last"}],
+                         ids=["qwen3", "qwen2, last token"])
 def test_other_architectures_and_poolings(tmp_path, changes):
     make_run(tmp_path / "run", dataclasses.replace(MODEL, **changes), steps=(("weak", 6),))
     export(tmp_path / "run", tmp_path / "e")
-    assert verify(tmp_path / "e", TEXTS[:6] + TEXTS[-10:]).ok
+    assert verify(tmp_path / "e", TEXTS[:2] + TEXTS[-10:]).ok
+
+
+def test_an_imported_tokenizer(tmp_path):
+    """Byte-level BPE that came with a model; its export cuts prompts from texts as training does."""
+    reader = Tokenizer.load(write_folder(tmp_path / "source", "qwen2")[0])
+    make_run(tmp_path / "run", dataclasses.replace(MODEL, attention_bias=True), steps=(("weak", 6),), reader=reader)
+    export(tmp_path / "run", tmp_path / "e")
+    assert verify(tmp_path / "e", TEXTS[:2] + TEXTS[-10:]).ok
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_an_imported_model_comes_out_as_it_came_in(tmp_path, family):
+    source, _ = write_folder(tmp_path / "source", family)
+    import_folder(source, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    ids = torch.tensor([[5, 9, 20, 33, 7]])
+    with torch.no_grad():
+        before, after = (transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (source, tmp_path / "out"))
+    assert torch.equal(before, after)
 
 
 def test_bfloat16(folders, tmp_path):
@@ -197,7 +220,7 @@ def rotate_a_weight(out):
     (set_key("1_Pooling/config.json", pooling_mode="lasttoken"), "one by one"),
 ], ids=["weight", "mask", "rope", "prompt", "pooling"])
 def test_verify_finds(folders, tmp_path, change, failing):
-    report = verify(damaged(folders, tmp_path, change), TEXTS[:6])
+    report = verify(damaged(folders, tmp_path, change), TEXTS[:3])
     assert not report.ok and report.min_cosine < 0.9999
     assert failing in [check.name for check in report.checks if not check.ok]
 
@@ -208,7 +231,7 @@ def test_verify_finds_other_token_ids(folders, tmp_path):
         data["model"]["merges"] = data["model"]["merges"][::-1]
         (out / "tokenizer.json").write_text(json.dumps(data))
 
-    report = verify(damaged(folders, tmp_path, change), TEXTS[:6])
+    report = verify(damaged(folders, tmp_path, change), TEXTS[:3])
     assert report.token_rows_that_differ > 0 and not report.ok
 
 
