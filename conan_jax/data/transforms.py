@@ -193,7 +193,8 @@ def encode_heads(tokenizer: AnyTokenizer, texts: Sequence[str], length: int) -> 
     if tokenizer.splits_at_spaces:
         heads, enough = [_head(text, length * _USUAL_CHARACTERS, limit) for text in texts], length
     else:  # a cut may change tokens before it, but none so far before it
-        heads, enough, limit = [text[: 2 * (length + _AFFECTED) * _USUAL_CHARACTERS] for text in texts], length + _AFFECTED, sys.maxsize
+        enough, limit = length + _AFFECTED + tokenizer.max_piece_length, sys.maxsize
+        heads = [text[: 2 * enough * _USUAL_CHARACTERS] for text in texts]
     encoded = tokenizer.encode_batch(heads)
     short = [i for i, text in enumerate(texts) if len(encoded[i]) < enough and len(heads[i]) < min(len(text), limit)]
     for i, ids in zip(short, tokenizer.encode_batch([texts[i][:limit] for i in short])):

@@ -138,6 +138,17 @@ def test_a_long_text_is_cut_to_the_tokens_of_the_whole(loaded, length):
         assert transforms.encode_heads(loaded, [text], length)[0][:length] == loaded.encode(text)[:length]
 
 
+def test_a_cut_inside_a_long_piece_is_seen(tmp_path):
+    """" internationalisation" is one token; cut, it is many, and as many as a row holds."""
+    made = tokenizers.Tokenizer(models.BPE(merges=[], vocab={c: i for i, c in enumerate([*pre_tokenizers.ByteLevel.alphabet(), "\u2581"])}))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_tokens(["internationalisation"])
+    tokenizer = JsonTokenizer(made.to_str().encode(), eos_id=0)
+    text = "internationalisation" * 500
+    for length in range(1, 40):
+        assert transforms.encode_heads(tokenizer, [text], length)[0][:length] == tokenizer.encode(text)[:length]
+
+
 def test_packed_rows_end_documents_with_its_own_end(loaded, tmp_path):
     records = [{"text": text.strip()} for text in TEXTS[:4]]
     pack(records, loaded, "pretrain", 64, tmp_path / "p", record_kind="text", content="c")

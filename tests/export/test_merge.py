@@ -82,7 +82,8 @@ def test_what_has_no_arc_is_averaged_linearly(runs, tmp_path):
     np.testing.assert_allclose(slerp(x, y, 0.0), x, atol=1e-6)
     np.testing.assert_allclose(slerp(x, y, 1.0), y, atol=1e-6)
     unit_x, unit_y = x / np.linalg.norm(x), y / np.linalg.norm(y)
-    assert np.linalg.norm(slerp(unit_x, unit_y, 0.4)) == pytest.approx(1, abs=1e-6) and np.linalg.norm(linear([unit_x, unit_y], [0.6, 0.4])) < 1
+    assert np.linalg.norm(slerp(unit_x, unit_y, 0.4)) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(linear([unit_x, unit_y], [0.6, 0.4])) < 0.99
     made = merge([str(runs / "r0"), str(runs / "r0")], tmp_path / "m", method="slerp")
     assert len(made.straight) == made.tensors and "embedding" in made.straight
     for name, found in leaves(tmp_path / "m").items():
@@ -90,7 +91,8 @@ def test_what_has_no_arc_is_averaged_linearly(runs, tmp_path):
 
 
 def test_the_result_is_a_run(runs, tmp_path):
-    result = CliRunner().invoke(app, ["merge", str(runs / "r0"), str(runs / "r1"), "--out", str(tmp_path / "m"), "--weights", "1,0", "--json"])
+    places = [str(runs / "r0"), str(runs / "r1")]
+    result = CliRunner().invoke(app, ["merge", *places, "--out", str(tmp_path / "m"), "--weights", "1,0", "--json"])
     said = json.loads(result.stdout)
     assert said["stage"] == "imported" and said["sources"][0][2] == 1
     texts = ["the reader", "a cat sits"]
@@ -102,7 +104,8 @@ def test_the_result_is_a_run(runs, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"places": 1}, "two checkpoints or more"), ({"places": 3, "method": "slerp"}, "3 are named"), ({"method": "mean"}, "'mean' is not known"),
+    ({"places": 1}, "two checkpoints or more"), ({"places": 3, "method": "slerp"}, "3 are named"),
+    ({"method": "mean"}, "'mean' is not known"),
     ({"weights": [0.5]}, "2 checkpoints need as many weights, got 1"), ({"weights": [0.5, 0.6]}, "sum 1, got 0.5, 0.6"),
     ({"weights": [1.5, -0.5]}, "0 or more"), ({"weights": [float("nan"), 0.5]}, "0 or more"),
 ])

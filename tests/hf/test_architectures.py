@@ -17,9 +17,10 @@ EXPECTED = {
     "qwen3": {"qk_norm": True, "attention_head_dim": 8, "attention_bias": False},
 }
 # What the stock configuration classes of transformers 5.23 write of themselves, apart from what every model has (id2label and the like).
-STOCK = {"architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
-         "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout", "model_type", "dtype"}
+STOCK = {"architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "hidden_act", "hidden_size",
+         "initializer_range", "intermediate_size", "max_position_embeddings", "model_type", "num_attention_heads",
+         "num_hidden_layers", "num_key_value_heads", "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+         "use_cache", "vocab_size"}
 OWN = {"llama": {"pretraining_tp", "attention_bias", "mlp_bias", "head_dim"}, "mistral": {"head_dim", "sliding_window"},
        "qwen2": {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
        "qwen3": {"head_dim", "attention_bias", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}}

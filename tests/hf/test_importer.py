@@ -1,7 +1,6 @@
 """A folder of Hugging Face -> a run: nothing of it is lost, any stage can start from it, and what is not right is refused."""
 
 import json
-import re
 
 import jax
 import numpy as np
@@ -131,7 +130,8 @@ def test_what_stands_there_is_not_written_over(tmp_path):
 def recipe(tmp_path, pairs, **changes):
     stage = WeakStage(name="weak", steps=2, datasets=(Mix("pairs"),), global_batch_size=8, buckets=(Bucket(16, 16),),
                       contrastive=Contrastive(), log_every=1)
-    return Run(name="tuned", stages=(stage,), datasets=(Dataset("pairs", "pair", str(pairs)),), output_dir=str(tmp_path / "tuned"), **changes)
+    datasets = (Dataset("pairs", "pair", str(pairs)),)
+    return Run(name="tuned", stages=(stage,), datasets=datasets, output_dir=str(tmp_path / "tuned"), **changes)
 
 
 @pytest.fixture
@@ -159,14 +159,15 @@ def get_config(variant):
 """)
     result = CliRunner().invoke(app, ["train", str(file), "--init-from", str(tmp_path / "base")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert f"start: weights of {tmp_path}/base/imported (step 1), as init_from says" in re.sub(r"\s+", " ", result.output).replace("/ ", "/")
+    assert f"start: weights of {tmp_path}/base/imported (step 1), as init_from says" in result.output
     folder, step = checkpoint.locate(tmp_path / "tuned")
     assert folder.name == "weak" and step == 2
     params = checkpoint.restore_params(folder)
     np.testing.assert_allclose(params["embedding"], tensors["model.embed_tokens.weight"], atol=1e-6)
     run = config_io.from_dict(json.loads((tmp_path / "tuned" / "config.json").read_text()))
     assert run.init_from == str(tmp_path / "base") and run.model.remat == "none" and run.model.qk_norm and run.model.num_layers == 2
-    assert checkpoint.find_start(folder, None, run.model, Tokenizer.load(run.tokenizer.path).sha256, init_from=run.init_from).kind == "resume"
+    sha256 = Tokenizer.load(run.tokenizer.path).sha256
+    assert checkpoint.find_start(folder, None, run.model, sha256, init_from=run.init_from).kind == "resume"
 
 
 def test_another_model_or_tokenizer_is_refused(imported):

@@ -72,7 +72,8 @@ def forward(params, c, inputs, m, apply="log"):
     for n in range(c.num_layers):
         a, f = layers["attention"], layers["mlp"]
         y = rms_norm(x, layers["attention_norm"]["scale"][n], c.rms_norm_eps)
-        q, k, v = ((y @ a[f"{name}_proj"]["kernel"][n] + (a[f"{name}_proj"]["bias"][n] if c.attention_bias else 0)).reshape(len(x), -1, c.head_dim) for name in "qkv")
+        q, k, v = (y @ a[f"{name}_proj"]["kernel"][n] + (a[f"{name}_proj"]["bias"][n] if c.attention_bias else 0) for name in "qkv")
+        q, k, v = (part.reshape(len(x), -1, c.head_dim) for part in (q, k, v))
         if c.qk_norm:
             q = rms_norm(q, a["q_norm"]["scale"][n], c.rms_norm_eps)
             k = rms_norm(k, a["k_norm"]["scale"][n], c.rms_norm_eps)
