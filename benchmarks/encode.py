@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from conan_jax import Encoder, config
-from conan_jax.data.docstring_reader import default_roots, find_modules, read_docstrings
+from conan_jax.data.docstring_reader import read_docstrings
 from conan_jax.data.tokenizer import Tokenizer, train_tokenizer
 from conan_jax.errors import ConfigError, ConanError
 from conan_jax.export.folder import export
@@ -49,7 +49,8 @@ def real_texts(count: int) -> list[str]:
     if all(file.is_file() for file in files):
         read = [(json.loads(line)["text"] for line in gzip.open(file, "rt", encoding="utf-8")) for file in files]
         return list(itertools.islice((text for texts in zip(*read) for text in texts), count))
-    return [doc.text for doc in itertools.islice(read_docstrings(find_modules(default_roots())), count)]
+    documented, _ = read_docstrings()
+    return [f"{doc.name}\n{doc.summary}\n{doc.body}" for doc in documented[:: max(1, len(documented) // count)][:count]]
 
 
 def cut_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int, count: int) -> list[str]:
