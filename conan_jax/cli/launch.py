@@ -36,6 +36,12 @@ def render(
     queue: str = typer.Option(None, "--queue", help="Kueue's LocalQueue (gke-jobset), or partition (slurm)."),
     account: str = typer.Option(None, "--account", help="Account to charge (slurm)."),
     service_account: str = typer.Option(None, "--service-account", help="Of Kubernetes (gke-jobset) or Google Cloud (tpu-vm)."),
+    sbatch: list[str] = typer.Option([], "--sbatch", metavar="OPTION=VALUE", help="For sbatch, as cpus-per-task=12 or qos=high (slurm)."),
+    node_selector: list[str] = typer.Option([], "--node-selector", metavar="LABEL=VALUE",
+                                            help="Nodes to ask for, as cloud.google.com/gke-spot=true (gke-jobset)."),
+    tolerations: list[str] = typer.Option([], "--toleration", metavar="TAINT[=VALUE]", help="Taints of nodes to accept (gke-jobset)."),
+    cpu: str = typer.Option(None, "--cpu", help="CPUs a pod asks for, as 96 (gke-jobset)."),
+    memory: str = typer.Option(None, "--memory", help="Memory a pod asks for, as 160Gi (gke-jobset)."),
     project: str = typer.Option(None, "--project", help="Google Cloud project (tpu-vm)."),
     zone: str = typer.Option(None, "--zone", help="Google Cloud zone (tpu-vm)."),
     environment: list[str] = typer.Option([], "--env", metavar="NAME", help="A variable the job needs; its value is not written down."),
@@ -51,7 +57,7 @@ def render(
         conan launch render configs/conan_v2.py --target gke-jobset --accelerator v6e-256 --slices 2 --stage pretrain --out pod \\
             --image europe-docker.pkg.dev/my-project/conan/conan:1 --output-claim runs --queue tpu --env CONAN_DATA --secret conan
 
-        conan launch render configs/conan_v2.py --target slurm --accelerator h100-64 --queue gpu --out job
+        conan launch render configs/conan_v2.py --target slurm --accelerator h100-64 --queue gpu --sbatch cpus-per-task=12 --out job
 
         conan launch render configs/demo.py:tiny --target local --accelerator cpu-8 --chips-per-host 2 --out here
     """
@@ -65,6 +71,7 @@ def render(
         overrides=tuple(overrides), stage=stage, slices=slices, chips_per_host=chips_per_host, python=python, working_dir=working_dir,
         image=image, namespace=namespace, output_claim=output_claim, output_mount=output_mount, queue=queue, account=account,
         service_account=service_account, project=project, zone=zone, environment=tuple(environment), secret=secret,
+        sbatch=tuple(sbatch), node_selector=tuple(node_selector), tolerations=tuple(tolerations), cpu=cpu, memory=memory,
         time_limit_minutes=time_limit, grace_seconds=grace, max_restarts=max_restarts,
     )
     for file in launch.write(spec, out):

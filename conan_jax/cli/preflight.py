@@ -122,11 +122,11 @@ def _show(console: Console, report: Report) -> None:
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
-    limit = report.hbm_bytes_per_device
+    limit, hosts = report.hbm_bytes_per_device, f"{report.hosts} host{'s' * (report.hosts > 1)}"
     verdict = {True: "[green]fits[/green]", False: "[bold red]does not fit[/bold red]", None: "no limit known"}[report.fits]
     rows = [
         ("verdict", f"{verdict}: {_size(report.peak_bytes_per_device)} a device" + (f" of {_size(limit)}" if limit else "")),
-        ("mesh", ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()) + f" ({report.devices} devices, {report.hosts} hosts)"),
+        ("mesh", ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()) + f" ({report.devices} devices, {hosts})"),
         ("rows x tokens", report.batch),
         ("a device holds", "\n".join(f"{_size(size):>10}  {kind.replace('_', ' ')}" for kind, size in report.memory.items() if size)),
     ]
@@ -141,7 +141,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             ("step", f"{_time(fast)} to {_time(slow)}, MFU {report.mfu_range[0]:.0%} to {report.mfu_range[1]:.0%}"),
             ("tokens/s", f"{report.tokens_per_second:,.0f} ({report.tokens_per_step:,} a step)"),
             ("the stage", f"{report.steps:,} steps: {report.days:,.2g} days ({report.days_range[0]:,.2g} to {report.days_range[1]:,.2g}), "
-                          f"{report.chip_hours:,.0f} chip-hours"),
+                          f"{report.chip_hours:,.2g} chip-hours" if report.chip_hours < 1 else f"{report.chip_hours:,.0f} chip-hours"),
         ]
     rows += [
         ("checkpoint", f"{_size(report.checkpoint_bytes)}, {_size(report.checkpoint_bytes_per_host)} by the busiest host"),

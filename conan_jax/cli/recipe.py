@@ -49,13 +49,14 @@ class Recipe:
         stages to train and those after them, which descend from them. `fallback` sets damaged checkpoints aside for older ones.
         """
         stages = [self.run.stage(only)] if only else list(self.run.stages)
-        peers.alone("prepare", lambda: self._begin(stages, fresh))
+        peers.alone("prepare", lambda: self._begin(stages, fresh, peers.count))
         for stage in stages:
             self._train_stage(stage, peers, fallback)
         return peers.alone("summarise", self.summarise)
 
-    def _begin(self, stages: list[config.AnyStage], fresh: bool) -> None:
+    def _begin(self, stages: list[config.AnyStage], fresh: bool, processes: int) -> None:
         """All that comes before the first stage."""
+        self._refuse_unfit_devices(stages, processes)
         if fresh:
             self._forget(self.run.stages[self.run.stages.index(stages[0]):])
         self._refuse_changed_recipe(stages)
@@ -63,6 +64,18 @@ class Recipe:
         self.prepare()
         write_json(self.folder / "config.json", config_io.to_dict(self.run))
         self._evaluate_baselines()
+
+    def _refuse_unfit_devices(self, stages: list[config.AnyStage], processes: int) -> None:
+        """A mesh or a batch that does not fit is known before hours go into the data."""
+        from conan_jax.launch.estimates import batches
+        from conan_jax.sharding import make_mesh
+
+        make_mesh(self.run.mesh)
+        for stage in stages:
+            for key, rows in batches(stage).items():
+                if rows % processes:
+                    raise ConfigError(f"{key}: {rows} rows cannot be split over {processes} processes; "
+                                      f"use a multiple, say --set {key}={-(-rows // processes) * processes}")
 
     def _forget(self, stages: Sequence[config.AnyStage]) -> None:
         """Remove what was trained in `stages`, and the index that the last of them made."""

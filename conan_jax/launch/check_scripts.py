@@ -70,6 +70,11 @@ def _check_directives(spec: LaunchSpec, text: str) -> Iterator[Finding]:
                                      f"wants {wanted.get(name) or 'none'}")
     if not re.fullmatch(r"TERM@\d+", options.get("signal", "")):
         yield Finding("signal", f"#SBATCH --signal is {options.get('signal') or 'missing'}: it must be TERM@SECONDS, the time to save")
+    seen = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
+    for name in sorted({name for name in seen if seen.count(name) > 1}):
+        yield Finding("devices", f"#SBATCH --{name} stands there more than once, and SLURM takes the last; keep one")
+    if spec.hardware.chip.platform == "gpu" and not {"cpus-per-task", "exclusive"} & options.keys():
+        yield Finding("devices", "no --sbatch cpus-per-task=N: most sites then give a task one core, which feeds no GPU", serious=False)
     if "requeue" not in options:
         yield Finding("restarts", "#SBATCH --requeue is missing: a preempted job would not come back")
 

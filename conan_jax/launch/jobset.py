@@ -81,6 +81,10 @@ def _pod(spec: LaunchSpec) -> dict[str, Any]:
     elif hardware.chip.gke_label:
         pod["nodeSelector"] = {"cloud.google.com/gke-accelerator": hardware.chip.gke_label}
         pod["volumes"].append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})  # what NCCL exchanges inside a node
+    if spec.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | dict(item.split("=", 1) for item in spec.node_selector)
+    if spec.tolerations:
+        pod["tolerations"] = [_toleration(item) for item in spec.tolerations]
     if spec.service_account:
         pod["serviceAccountName"] = spec.service_account
     return pod
@@ -98,12 +102,19 @@ def _container(spec: LaunchSpec) -> dict[str, Any]:
     }
     if spec.working_dir:
         container["workingDir"] = spec.working_dir
-    if chip.platform in RESOURCES:
-        amount = {RESOURCES[chip.platform]: per_host}
-        container["resources"] = {"requests": amount, "limits": dict(amount)}
+    devices = {RESOURCES[chip.platform]: per_host} if chip.platform in RESOURCES else {}
+    share = {name: value for name, value in (("cpu", spec.cpu), ("memory", spec.memory)) if value is not None}
+    if devices or share:
+        container["resources"] = {"requests": share | devices, "limits": dict(devices)}
     if chip.platform == "gpu":
         container["volumeMounts"].append({"name": "shared-memory", "mountPath": "/dev/shm"})
     return container
+
+
+def _toleration(item: str) -> dict[str, str]:
+    """TAINT tolerates any value of the taint, TAINT=VALUE that one; whatever the effect."""
+    key, equals, value = item.partition("=")
+    return {"key": key, "operator": "Equal", "value": value} if equals else {"key": key, "operator": "Exists"}
 
 
 def _environment(spec: LaunchSpec) -> list[dict[str, Any]]:

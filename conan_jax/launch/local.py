@@ -97,7 +97,7 @@ class Local:
             failed = [rank for rank, code in enumerate(codes) if code]
             if failed and deadline is None:
                 deadline = time.monotonic() + self._grace
-                self._say(f"process {failed[0]} ended with {codes[failed[0]]}; the others have {self._grace:g} s")
+                self._say(f"process {failed[0]} ended with {_name(codes[failed[0]])}; the others have {self._grace:g} s")
             if self._asked > 1 or (deadline is not None and time.monotonic() > deadline):
                 self._say("ending those that are left")
                 return
@@ -132,6 +132,14 @@ class Local:
     def _print(self, line: str) -> None:
         with self._printing:
             print(line, flush=True)
+
+
+def _name(code: int) -> str:
+    """An exit code, or the signal that ended a process."""
+    try:
+        return str(code) if code >= 0 else signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def _end_with(parent: int) -> Any:

@@ -23,6 +23,9 @@ def directives(spec: LaunchSpec) -> dict[str, str]:
     for option, value in (("partition", spec.queue), ("account", spec.account), ("time", spec.time_limit_minutes)):
         if value is not None:
             options[option] = str(value)
+    for item in spec.sbatch:
+        option, _, value = item.partition("=")
+        options[option] = value
     return options | {
         "requeue": "",
         "open-mode": "append",

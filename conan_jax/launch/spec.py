@@ -36,15 +36,31 @@ _SHAPES = {
     "account": (_SLURM, 63, "letters, digits, '_', '.' and '-'"),
     "project": (_CLOUD, 63, "a project id of Google Cloud"),
     "zone": (_LABEL, 40, "a zone such as us-east5-b"),
+    "cpu": (r"[0-9]+(\.[0-9]+|m)?", 20, "a quantity of Kubernetes: 96, 7500m"),
+    "memory": (r"[0-9]+(\.[0-9]+)?([KMGT]i?)?", 20, "a quantity of Kubernetes: 160Gi"),
     "stage": (r"[A-Za-z0-9][A-Za-z0-9_.-]*", 63, "the name of a stage"),
 }
 _VARIABLE = r"[A-Z_][A-Z0-9_]*"
+_KEY = rf"({_DOTTED}/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"  # of a label or a taint
+_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?"
+# What a site may ask of a node and of its share, beside what follows from the accelerator.
+SBATCH = ("comment", "constraint", "cpu-bind", "cpus-per-task", "exclude", "exclusive", "gres", "hint", "licenses", "mail-type",
+          "mail-user", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "nice", "nodelist", "prefer", "priority", "qos", "reservation",
+          "switches")
+# field -> (what each of its items must look like, how to say so)
+_ITEM_SHAPES = {
+    "sbatch": (rf"({'|'.join(SBATCH)})(=[A-Za-z0-9@%_.,:&|()\[\]*+=/-]+)?",
+               f"OPTION=VALUE of sbatch, without spaces, with one of the options {', '.join(SBATCH)}"),
+    "node_selector": (rf"{_KEY}={_VALUE}", "LABEL=VALUE of Kubernetes, as cloud.google.com/gke-spot=true"),
+    "tolerations": (rf"{_KEY}(={_VALUE})?", "TAINT or TAINT=VALUE of Kubernetes"),
+}
 _OURS = ("CONAN_COORDINATOR", "CONAN_NUM_PROCESSES", "CONAN_PROCESS_ID", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
 
 # Fields that only some targets read: given elsewhere they are refused, not ignored.
 _READ_BY = {
     "image": ("gke-jobset",), "namespace": ("gke-jobset",), "output_claim": ("gke-jobset",), "secret": ("gke-jobset",),
-    "account": ("slurm",), "project": ("tpu-vm",), "zone": ("tpu-vm",),
+    "node_selector": ("gke-jobset",), "tolerations": ("gke-jobset",), "cpu": ("gke-jobset",), "memory": ("gke-jobset",),
+    "account": ("slurm",), "sbatch": ("slurm",), "project": ("tpu-vm",), "zone": ("tpu-vm",),
     "output_mount": ("gke-jobset",), "queue": ("gke-jobset", "slurm"), "service_account": ("gke-jobset", "tpu-vm"),
     "time_limit_minutes": ("gke-jobset", "slurm"), "grace_seconds": ("gke-jobset", "slurm"),
     "max_restarts": ("gke-jobset", "slurm", "tpu-vm"), "environment": ("gke-jobset", "slurm", "local"),
@@ -62,7 +78,9 @@ class LaunchSpec:
     `slices` such accelerators are joined over the data-centre network. `working_dir` is where `config` is found: in the image, or on
     the machines. `output_mount` is where pods find `output_claim`, a claim that all of them may write to; the run's folder lies on it.
     `environment` names variables that the job needs: their values come from `secret` on Kubernetes, from whoever starts it elsewhere,
-    and are written nowhere; a TPU VM boots without any, so its paths go into the recipe. `time_limit_minutes` is one attempt's; `grace_seconds` pass between SIGTERM and the end.
+    and are written nowhere; a TPU VM boots without any, so its paths go into the recipe. `sbatch`, `node_selector`, `tolerations`, `cpu`
+    and `memory` are what a site wants beside what follows from the accelerator. `time_limit_minutes` is one attempt's; `grace_seconds` pass
+    between SIGTERM and the end.
     Raises `ConfigError` naming the field.
     """
 
@@ -87,6 +105,11 @@ class LaunchSpec:
     zone: str | None = None
     environment: tuple[str, ...] = ()
     secret: str | None = None
+    sbatch: tuple[str, ...] = ()
+    node_selector: tuple[str, ...] = ()
+    tolerations: tuple[str, ...] = ()
+    cpu: str | None = None
+    memory: str | None = None
     time_limit_minutes: int | None = None
     grace_seconds: int = 300
     max_restarts: int = 20
@@ -117,6 +140,12 @@ class LaunchSpec:
             pattern, longest, words = _SHAPES[name]
             fits = len(value) <= longest and re.fullmatch(pattern, value) is not None
             _check(fits, name, value, f"{words}, at most {longest} characters")
+        if name in _ITEM_SHAPES:
+            pattern, words = _ITEM_SHAPES[name]
+            keys = [item.partition("=")[0] for item in value]
+            for item in value:
+                _check(len(item) <= 200 and re.fullmatch(pattern, item) is not None, name, item, f"{words}; at most 200 characters")
+            _check(len(set(keys)) == len(keys), name, value, "each named once")
         if name in ("config", "python"):
             _check(not value.startswith("-"), name, value, "a path: it would be read as an option")
         if name in ("working_dir", "output_mount") and value is not None:
@@ -137,6 +166,8 @@ class LaunchSpec:
                f"at least twice the grace of {self.grace_seconds} s: an attempt is told to stop that long before its end")
         platform = self.hardware.chip.platform
         _check(self.slices == 1 or platform == "tpu", "slices", self.slices, f"1: {self.accelerator} is no TPU slice, ask for more of them")
+        _check(self.slices == 1 or self.target != "slurm", "slices", self.slices,
+               "1 under SLURM: nothing there tells TPU slices of each other; use gke-jobset for several")
         _check(self.target != "tpu-vm" or platform == "tpu", "accelerator", self.accelerator, "a TPU: tpu-vm has no other machines")
 
     @cached_property
@@ -162,7 +193,7 @@ class LaunchSpec:
 
 def to_dict(spec: LaunchSpec) -> dict[str, Any]:
     """Plain data for launch.json, without what was left out."""
-    return {key: value for key, value in config_io.to_dict(spec).items() if value is not None}
+    return {key: value for key, value in config_io.to_dict(spec).items() if value not in (None, [])}
 
 
 def from_dict(data: dict[str, Any]) -> LaunchSpec:

@@ -28,8 +28,10 @@ def topology_devices(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'conan_jax[preflight]', or "
                           f"'jax[tpu]=={jax.__version__}' (1.3 GB, in an environment of its own; `make test-tpu` makes one)")
+    # A host has several chips unless it is told otherwise, and a topology must be whole hosts.
+    one_chip = {"chips_per_host_bounds": [1, 1, 1]} if set(name.rpartition(":")[2].split("x")) == {"1"} else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one_chip).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"no TPU topology {name!r} (there are v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 and others): {error}") from error
 

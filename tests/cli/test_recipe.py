@@ -6,8 +6,12 @@ import signal
 import textwrap
 
 import pytest
+from rich.console import Console
 
+from conan_jax import config_io
 from conan_jax.cli import main
+from conan_jax.cli.recipe import Recipe
+from conan_jax.errors import ConfigError
 
 RECIPE = """
 from conan_jax.config import *
@@ -90,3 +94,13 @@ def test_what_is_no_configuration_is_refused(tmp_path, monkeypatch, capsys, name
 def test_a_run_stays_in_its_folder(recipe, monkeypatch, capsys):
     code, _, err = conan(monkeypatch, capsys, "train", recipe, "--set", "name=../x")
     assert code == 78 and "names the folder" in err
+
+
+def test_devices_and_batches_that_do_not_fit_are_known_before_the_data_is_prepared(recipe, monkeypatch, capsys):
+    code, _, err = conan(monkeypatch, capsys, "train", recipe, "--set", "mesh.fsdp=4096")
+    assert code == 78 and "mesh" in err and "devices" in err and not (recipe.parent / "run" / "data").exists()
+
+    run = Recipe(config_io.load_run(str(recipe)), Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"first\.global_batch_size: 4 rows .* 3 processes.*=6"):
+        run._begin(list(run.run.stages), fresh=False, processes=3)
+    assert not (recipe.parent / "run" / "data").exists()

@@ -18,9 +18,11 @@ MORE = {
 
 
 def example(target: str, accelerator: str, **changes) -> LaunchSpec:
-    """The published recipe's first stage on `accelerator`."""
+    """The published recipe's first stage on `accelerator`. Under SLURM there is one slice."""
     fields = dict(target=target, name="conan-v2", config="configs/conan_v2.py", accelerator=accelerator, stage="pretrain",
-                  slices=ACCELERATORS.get(accelerator, 1))
+                  slices=1 if target == "slurm" else ACCELERATORS.get(accelerator, 1))
+    if accelerator.startswith("h100"):
+        fields |= {"slurm": dict(sbatch=("cpus-per-task=12",)), "gke-jobset": dict(cpu="96", memory="800Gi")}.get(target, {})
     return LaunchSpec(**{**fields, **MORE[target], **changes})
 
 

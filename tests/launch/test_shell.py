@@ -131,6 +131,33 @@ def test_names_of_variables_are_names(value):
         spec_of("slurm", environment=(value,))
 
 
+@pytest.mark.parametrize("field, target", [("sbatch", "slurm"), ("node_selector", "gke-jobset"), ("tolerations", "gke-jobset")])
+@pytest.mark.parametrize("value", [v for v in NASTY if v != "-"])
+def test_what_a_site_adds_is_plain(field, target, value):
+    harmless = field == "sbatch" and value in ("*", "--help")  # SLURM reads globs and lists there, and a comment line no option twice
+    for item in (value, f"a.b/c={value}", *(() if harmless else (f"qos={value}",))):
+        with pytest.raises(ConfigError, match=field):
+            spec_of(target, **{field: (item,)})
+
+
+def test_what_a_site_adds_reaches_the_manifest():
+    script = render(spec_of("slurm", sbatch=("cpus-per-task=12", "constraint=h100|a100", "exclusive")))["job.sbatch"]
+    assert {"#SBATCH --cpus-per-task=12", "#SBATCH --constraint=h100|a100", "#SBATCH --exclusive"} <= set(script.splitlines())
+    spec = spec_of("gke-jobset", node_selector=("cloud.google.com/gke-spot=true",), cpu="96", memory="160Gi",
+                   tolerations=("cloud.google.com/gke-spot=true", "dedicated"))
+    pod = yaml.safe_load(render(spec)["jobset.yaml"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true" and "cloud.google.com/gke-tpu-topology" in pod["nodeSelector"]
+    assert pod["tolerations"] == [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"},
+                                  {"key": "dedicated", "operator": "Exists"}]
+    assert pod["containers"][0]["resources"] == {"requests": {"cpu": "96", "memory": "160Gi", "google.com/tpu": 4},
+                                                 "limits": {"google.com/tpu": 4}}
+    for wrong in (dict(sbatch=("requeue",)), dict(sbatch=("qos=a", "qos=b")), dict(sbatch=("wrap=x",))):
+        with pytest.raises(ConfigError, match="sbatch"):
+            spec_of("slurm", **wrong)
+    with pytest.raises(ConfigError, match="slices"):
+        spec_of("slurm", accelerator="v5e-256", slices=2)
+
+
 @needs_bash
 def test_a_variable_that_is_not_set_ends_the_job_as_wrong(tmp_path):
     script = render(spec_of("slurm", environment=("CONAN_DATA",)))["job.sbatch"]

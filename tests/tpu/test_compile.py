@@ -66,3 +66,7 @@ def test_a_step_compiles_for_a_pod_with_the_kernels_in_it(kind):
 def test_an_unknown_topology_is_refused_by_name():
     with pytest.raises(ConfigError, match="v9:2x2"):
         topology_devices("v9:2x2")
+
+
+def test_a_single_chip_is_a_topology_too():
+    assert len(topology_devices("v5e:1x1")) == len(topology_devices("v6e:1x1")) == 1
