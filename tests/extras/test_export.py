@@ -91,13 +91,12 @@ def test_an_environment_without_jax_computes_the_vectors_of_jax(folders, tmp_pat
         texts, expected = json.load(open(place + "/texts.json")), np.load(place + "/jax.npz")
         model = SentenceTransformer(folder, device="cpu", trust_remote_code=False, local_files_only=True)
         worst = {}
-        for side in ("right", "left"):
+        for side, size in (("right", 32), ("left", 32), ("right", 1)):
             model.tokenizer.padding_side = side
-            for size in (1, 32):
-                found = {"bare": model.encode(texts, batch_size=size), "query": model.encode(texts, batch_size=size, prompt_name="query")}
-                for name, vectors in found.items():
-                    assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-                    worst[f"{name} {side} {size}"] = float((vectors * expected[name]).sum(1).min())
+            found = {"bare": model.encode(texts, batch_size=size), "query": model.encode(texts, batch_size=size, prompt_name="query")}
+            for name, vectors in found.items():
+                assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+                worst[f"{name} {side} {size}"] = float((vectors * expected[name]).sum(1).min())
         assert all(sys.modules[name] is None for name in hidden)
         print(json.dumps(worst))
     """
@@ -106,7 +105,7 @@ def test_an_environment_without_jax_computes_the_vectors_of_jax(folders, tmp_pat
                           cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     worst = json.loads(done.stdout.splitlines()[-1])
-    assert len(worst) == 8 and min(worst.values()) > 0.9999, worst
+    assert len(worst) == 6 and min(worst.values()) > 0.9999, worst
 
 
 def test_vectors_of_different_texts_differ(folders):
