@@ -96,8 +96,8 @@ class Evaluation:
 
     Texts (queries of the two searches) are read after the prompt made of `instruction`, or after the encoder's prompt called
     `prompt_name`; with neither they are bare. `max_queries` bounds the queries of a BEIR folder, and the questions, pairs or test
-    texts of each language elsewhere, evenly spaced; `languages` keeps those alone. Texts are cut to `max_length` tokens, or to what the model knows where that is less.
-    `main=True` marks the set whose figures stand in summary.json.
+    texts of each language elsewhere, evenly spaced; `languages` keeps those alone. Texts are cut to `max_length` tokens, or to what
+    the model knows where that is less. `main=True` marks the set whose figures stand in summary.json.
     """
 
     name: str
@@ -115,7 +115,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         where = f"evaluation {self.name!r}"
         check(bool(self.name.strip()), "an evaluation has an empty name")
-        check(self.kind in get_args(EvaluationKind), f"{where}: unknown kind {self.kind!r}; use one of {', '.join(get_args(EvaluationKind))}")
+        kinds = get_args(EvaluationKind)
+        check(self.kind in kinds, f"{where}: unknown kind {self.kind!r}; use one of {', '.join(kinds)}")
         check(self.kind != "classification" or self.train_path is not None, f"{where} needs train_path, the labelled texts to learn from")
         check(self.kind == "classification" or self.train_path is None, f"{where}: only classification has a train_path")
         check(not self.instruction or self.prompt_name is None, f"{where} has an instruction and a prompt_name; give one of them")

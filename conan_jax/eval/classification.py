@@ -104,5 +104,5 @@ def _check_labels(evaluation: config.Evaluation, language: str, train: Records, 
     known = {r["label"] for r in train}
     unknown = sorted({r["label"] for r in test} - known)
     if unknown or len(known) < 2:
-        raise DataError(f"{evaluation.train_path} has {len(known)} labels{f' in {language}' if language else ''}, and lacks {unknown[:5]} of "
-                        f"{evaluation.path}; at least two labels and all of the test's are needed")
+        raise DataError(f"{evaluation.train_path} has {len(known)} labels{f' in {language}' if language else ''}, and lacks {unknown[:5]} "
+                        f"of {evaluation.path}; at least two labels and all of the test's are needed")

@@ -1,4 +1,4 @@
-"""What the vectors of a set look like beside its figures: alignment and uniformity, scores of positives and negatives, languages, dimensions."""
+"""What the vectors of a set look like: alignment, uniformity, scores of positives and negatives, languages, dimensions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def alignment(left: Float[np.ndarray, "P D"], right: Float[np.ndarray, "P D"]) -
 
 
 def uniformity(vectors: Float[np.ndarray, "N D"]) -> float:
-    """log E exp(-2 ||f(x) - f(y)||^2) over pairs of different rows: 0 when all coincide, lower when spread over the sphere (the same, t = 2).
+    """log E exp(-2 ||f(x) - f(y)||^2) over pairs of different rows: 0 when all coincide, lower when spread
+    over the sphere (the same paper, t = 2).
 
     Over `SAMPLE` rows evenly spaced when there are more.
     """
@@ -87,7 +88,8 @@ def view_of(encoder: Any, evaluation: config.Evaluation) -> View:
     """The vectors and pairs of a set.
 
     Searches: query and relevant document; a random other one; the nearest that is not judged relevant. Bitext: the same with
-    translations, over all languages. STS: pairs scored at least 4/5 of the highest score; sentences of different pairs; pairs scored at most 1/5.
+    translations, over all languages. STS: pairs scored at least 4/5 of the highest score; sentences of different pairs;
+    pairs scored at most 1/5.
     Labels: texts of one label; texts of different labels.
     """
     rng = np.random.default_rng(SEED)
@@ -179,7 +181,8 @@ def language_clusters(encoder: Any, evaluation: config.Evaluation, spoken: dict[
     """
     names = list(spoken)
     prompt = prompt_of(encoder, evaluation)
-    vectors = encoder.encode([text for part in spoken.values() for _, text in part], prompt=prompt, max_length=usable_length(encoder, evaluation))
+    vectors = encoder.encode([text for part in spoken.values() for _, text in part], prompt=prompt,
+                             max_length=usable_length(encoder, evaluation))
     of = np.repeat(np.arange(len(names)), [len(part) for part in spoken.values()])
     keys = np.unique([key for part in spoken.values() for key, _ in part], return_inverse=True)[1]
     cosine = vectors @ vectors.T
@@ -193,7 +196,8 @@ def language_clusters(encoder: Any, evaluation: config.Evaluation, spoken: dict[
     centred = vectors - vectors.mean(axis=0)
     plane = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     return {
-        "names": names, "similarity": np.round(similarity, 4).tolist(), "translations": float(cosine[translated].mean()) if translated.any() else None,
+        "names": names, "similarity": np.round(similarity, 4).tolist(),
+        "translations": float(cosine[translated].mean()) if translated.any() else None,
         "same_language": float(np.mean(of[nearest] == of)), "chance": float(np.mean((sizes[of] - 1) / (len(of) - 1))),
         "points": {name: np.round(plane[of == i][:POINTS_PER_LANGUAGE], 4).tolist() for i, name in enumerate(names)},
     }

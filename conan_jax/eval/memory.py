@@ -14,7 +14,9 @@ TEXTS_PER_CALL = 2048  # between two movements of a progress bar
 class _BothSides:
     """Queries and documents are encoded by `encode`, each after its prompt."""
 
-    def encode_query(self, inputs: Sequence[str], prompt_name: str | None = "query", prompt: str | None = None, **options: Any) -> np.ndarray:
+    def encode_query(
+        self, inputs: Sequence[str], prompt_name: str | None = "query", prompt: str | None = None, **options: Any
+    ) -> np.ndarray:
         """As `Encoder.encode_query`."""
         return self.encode(inputs, prompt_name, prompt, **options)
 
@@ -64,7 +66,7 @@ class Remembering(_BothSides):
 
 
 class Truncated(_BothSides):
-    """The first `dimension` numbers of the vectors of `encoder`, of length 1 again: what a Matryoshka model is used at (arXiv 2205.13147)."""
+    """The first `dimension` numbers of the vectors of `encoder`, of length 1 again, as a Matryoshka model is used (arXiv 2205.13147)."""
 
     def __init__(self, encoder: Remembering, dimension: int) -> None:
         self._encoder, self.dimension = encoder, dimension

@@ -30,7 +30,8 @@ LEFT_OUT = ("unanswerable", "binary", "long_answer")  # what no short passage ca
 
 
 def evaluate_mkqa(encoder: Any, evaluation: config.Evaluation) -> Figures:
-    """`recall@20`, `recall@100` (shares of questions with an answer in the first k passages) and `ndcg@10`, for each language and their mean.
+    """`recall@20`, `recall@100` (shares of questions with an answer in the first k passages) and `ndcg@10`, for each
+    language and their mean.
 
     nDCG counts every passage of the corpus that holds an answer as relevant. A question no passage answers counts as 0.
     `max_queries` bounds the questions of each language.
@@ -70,7 +71,8 @@ def read_mkqa(folder: str | Path, max_queries: int | None = None, languages: Seq
 def _questions(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The questions of a line, one a language; none when it has no short answer."""
     if "queries" not in row:
-        yield {"_id": str(row["_id"]), "text": _text(row["text"]), "lang": _text(row.get("lang", "")), "answers": [_text(a) for a in row["answers"]]}
+        yield {"_id": str(row["_id"]), "text": _text(row["text"]), "lang": _text(row.get("lang", "")),
+               "answers": [_text(a) for a in row["answers"]]}
         return
     given = row["answers"][ANSWER_LANGUAGE]
     if any(answer["type"] in LEFT_OUT for answer in given):

@@ -41,7 +41,8 @@ class MtebEncoder:
         self.task_instructions, self.max_length = task_instructions, max_length
 
     def encode(
-        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
+        self, inputs: Iterable[Mapping[str, Any]], *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None,
+        **kwargs: Any,
     ) -> Float32[np.ndarray, "N D"]:
         """Unit vectors of the `text` of every batch of `inputs`, in their order. Of `kwargs`, mteb's options, `batch_size` is used."""
         texts = [text for batch in inputs for text in batch["text"]]
@@ -72,14 +73,16 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """Name conan_jax/RUN, revision STAGE-STEP, sizes, framework. What a run does not know (licence, languages, mteb training sets) is None."""
+        """Name conan_jax/RUN, revision STAGE-STEP, sizes, framework. None is what a run does not know (licence, languages ...)."""
         from mteb.models import ModelMeta
 
         encoder, identity = self.model, self.model.identity
         count = sum(leaf.size for leaf in jax.tree_util.tree_leaves(encoder.params))
         return ModelMeta(
-            loader=None, name=f"conan_jax/{identity.get('run', 'model')}", revision=f"{identity.get('stage', 'weights')}-{identity.get('step', 0)}",
-            release_date=None, languages=None, n_parameters=count, n_embedding_parameters=encoder.model.vocab_size * encoder.model.hidden_size,
+            loader=None, name=f"conan_jax/{identity.get('run', 'model')}",
+            revision=f"{identity.get('stage', 'weights')}-{identity.get('step', 0)}",
+            release_date=None, languages=None, n_parameters=count,
+            n_embedding_parameters=encoder.model.vocab_size * encoder.model.hidden_size,
             memory_usage_mb=round(count * 4 / 2**20, 1), max_tokens=encoder.model.max_length, embed_dim=encoder.dimension, license=None,
             open_weights=None, public_training_code=None, public_training_data=None, framework=["JAX"], similarity_fn_name="cosine",
             use_instructions=any(encoder.prompts.values()) or self.task_instructions, training_datasets=None,
@@ -101,7 +104,7 @@ def prompt_map(model: MtebEncoder, tasks: Iterable[Any]) -> dict[str, dict[str, 
 
 
 def evaluate_tasks(model: MtebEncoder, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """`{task: {"main_score", "scores", "prompts"}}` of mteb's own tasks, by name, from data that is on this machine already or can be fetched.
+    """`{task: {"main_score", "scores", "prompts"}}` of mteb's own tasks, by name, from data that is here or can be fetched.
 
     Raises `ConfigError` for a task that mteb does not have and `DataError` for one whose data cannot be had.
     """

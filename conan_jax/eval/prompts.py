@@ -18,7 +18,8 @@ def prompt_of(encoder: Any, evaluation: config.Evaluation) -> str:
     if name is None:
         return query_prompt(evaluation.instruction)
     if name not in encoder.prompts:
-        raise ConfigError(f"evaluation {evaluation.name!r}: the encoder has no prompt {name!r}; it has {', '.join(encoder.prompts) or 'none'}")
+        known = ", ".join(encoder.prompts) or "none"
+        raise ConfigError(f"evaluation {evaluation.name!r}: the encoder has no prompt {name!r}; it has {known}")
     return encoder.prompts[name]
 
 

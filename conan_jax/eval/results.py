@@ -1,6 +1,7 @@
 """A suite carried out: results.json, set by set, so that what was stopped goes on where it was.
 
-    OUT/results.json       {"suite", "encoder", "versions", "sets": {NAME: {"kind", "main", "figures", "settings", "data_sha256", "texts", "seconds"}}}
+    OUT/results.json       {"suite", "encoder", "versions", "sets": {NAME: {"kind", "main", "figures", "settings", "data_sha256",
+                           "texts", "seconds"}}}
     OUT/diagnostics.json   {NAME: what eval.diagnostics found}
 """
 
@@ -40,7 +41,8 @@ def run_suite(
     """Score `encoder` on every set and return what `OUT/results.json` then holds; each set is written when it is done.
 
     A set that the same weights were scored on under the same settings, and whose files have not changed, is not computed again
-    unless `fresh`. `dimensions` are those it is looked at beside its width. `begin(set)` gives the progress of its encoding; `finished(name, result, computed)` follows each.
+    unless `fresh`. `dimensions` are those it is looked at beside its width. `begin(set)` gives the
+    progress of its encoding; `finished(name, result, computed)` follows each.
     """
     identity = identity_of(encoder)
     before = {} if fresh else read_json(out / RESULTS, {})

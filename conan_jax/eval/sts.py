@@ -24,7 +24,8 @@ def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
     for language, part in parts.items():
         different = len({r["score"] for r in part})
         if different < 2:
-            raise DataError(f"{evaluation.path} has {len(part)} pairs with {different} different scores{f' in {language}' if language else ''}; "
+            where = f" in {language}" if language else ""
+            raise DataError(f"{evaluation.path} has {len(part)} pairs with {different} different scores{where}; "
                             "a correlation needs at least two of each")
     ordered = [r for part in parts.values() for r in part]
     vectors = encoder.encode([r["sentence1"] for r in ordered] + [r["sentence2"] for r in ordered],

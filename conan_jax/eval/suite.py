@@ -1,6 +1,6 @@
 """A suite: a folder of evaluation sets, listed in its suite.yaml or found by their layouts.
 
-    suite.yaml                                   sets: a list of {name, kind, path, ...}, the fields of config.Evaluation; paths from the folder
+    suite.yaml                                   sets: a list of {name, kind, path, ...}, fields of config.Evaluation; paths from the folder
     FOLDER/corpus.jsonl, queries.jsonl, qrels/   retrieval, one set for each of qrels/{test,dev,...}.tsv
     FOLDER/corpus.jsonl, mkqa.jsonl              MKQA
     FOLDER/train.jsonl + test.jsonl (or dev)     of text, label: classification
@@ -80,12 +80,13 @@ def select(suite: Suite, only: Sequence[str] = (), max_queries: int | None = Non
         chosen = [e for e in kept if e.languages or not spoken[e.name]]
         for language in languages:
             if not any(language in found for found in spoken.values()):
-                raise ConfigError(f"no set has the language {language!r}; there are {', '.join(sorted(set().union(*spoken.values()))) or 'none'}")
+                every = ", ".join(sorted(set().union(*spoken.values()))) or "none"
+                raise ConfigError(f"no set has the language {language!r}; there are {every}")
     return replace(suite, sets=tuple(chosen))
 
 
 def with_prompts(evaluation: config.Evaluation, prompts: dict[str, str]) -> config.Evaluation:
-    """A found set with the encoder's prompt for it: the one of its name, of its last name, or of all searches; a bare set where there is none.
+    """A found set with the encoder's prompt for it: the one of its name, of its last name, or of all searches; else bare.
 
     The order is that of MTEB: a task's own prompt before the prompt of its type.
     """
@@ -149,7 +150,8 @@ def _found_search(folder: Path, name: str, files: set[str]) -> Iterator[config.E
         yield config.Evaluation(name, "mkqa", str(folder), max_length=FOUND_LENGTH)
     splits = [p.stem for p in sorted((folder / "qrels").glob("*.tsv")) if p.stem != "train"] if "queries.jsonl" in files else []
     for split in splits:
-        yield config.Evaluation(name if len(splits) == 1 else f"{name}.{split}", "retrieval", str(folder), split=split, max_length=FOUND_LENGTH)
+        label = name if len(splits) == 1 else f"{name}.{split}"
+        yield config.Evaluation(label, "retrieval", str(folder), split=split, max_length=FOUND_LENGTH)
 
 
 def _kind(file: Path) -> Any:

@@ -125,8 +125,10 @@ def trace(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Mark
         return _svg(figure, title)
 
 
-def points(title: str, groups: Mapping[str, Sequence[Sequence[float]]], labels: tuple[str, str] | None = None, named: bool = False) -> Markup:
-    """Groups of points in the plane. `labels` of the axes, which have no numbers without; `named` writes each group's name beside its point."""
+def points(
+    title: str, groups: Mapping[str, Sequence[Sequence[float]]], labels: tuple[str, str] | None = None, named: bool = False
+) -> Markup:
+    """Groups of points in the plane. `labels` of the axes, which have no numbers without; `named` writes names beside points."""
     with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "both"}):
         figure, axes = _canvas()
         for i, (name, spots) in enumerate(groups.items()):

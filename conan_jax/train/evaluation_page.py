@@ -41,7 +41,8 @@ def card(kind: str, sets: dict[str, Any]) -> dict[str, str]:
     """The mean of the main figure over the sets of a kind."""
     main = next(iter(sets.values()))["main"]
     mean = sum(s["figures"][main] for s in sets.values()) / len(sets)
-    return {"label": TITLES[kind], "value": f"{mean:.3f}", "note": f"{metric_title(main)}, {len(sets)} {'set' if len(sets) == 1 else 'sets'}"}
+    count = "1 set" if len(sets) == 1 else f"{len(sets)} sets"
+    return {"label": TITLES[kind], "value": f"{mean:.3f}", "note": f"{metric_title(main)}, {count}"}
 
 
 def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str,
         known = {name: {k: v for k, v in f.items() if k != "dimensions"} for name, f in known.items()}
     own = [chart for name, f in known.items() for chart in pictures_of(name, f, metric_title(main))]
     few = len(sets) == 1
-    return {"title": TITLES[kind], "table": figures_table(f"{len(sets)} sets" if not few else "", {n: s["figures"] for n, s in sets.items()}),
+    table = figures_table("" if few else f"{len(sets)} sets", {n: s["figures"] for n, s in sets.items()})
+    return {"title": TITLES[kind], "table": table,
             "languages": language_tables(sets), "charts": [*filter(None, charts), *(own if few else [])], "further": [] if few else own}
 
 

@@ -134,7 +134,8 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
         if metric:
             baselines = {b: files.evaluations.get(b, {}).get(main, {}) for b in BASELINES}
             beside = [f"{_title(b)} {found[metric]:.3f}" for b, found in baselines.items() if metric in found]
-            made.append({"label": f"{metric_title(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}", "note": ", ".join(beside)})
+            made.append({"label": f"{metric_title(metric)} after {trained[-1]}", "value": f"{figures[metric]:.3f}",
+                         "note": ", ".join(beside)})
     if "parameters" in files.summary:
         made.append({"label": "parameters", "value": _short(files.summary["parameters"]), "note": f"{files.summary['parameters']:,}"})
     if "seconds" in files.summary:

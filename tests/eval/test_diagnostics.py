@@ -28,7 +28,8 @@ def unit(rng, *shape):
 def test_alignment_and_uniformity_are_the_published_formulas():
     rng = np.random.default_rng(0)
     x, y = unit(rng, 12, 5), unit(rng, 12, 5)
-    assert alignment(x, y) == pytest.approx(np.mean([sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for p, q in zip(x, y, strict=True)]), rel=1e-5)
+    distances = [sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for p, q in zip(x, y, strict=True)]
+    assert alignment(x, y) == pytest.approx(sum(distances) / 12, rel=1e-5)
     pairs = [math.exp(-2 * sum((float(a) - float(b)) ** 2 for a, b in zip(x[i], x[j], strict=True))) for i in range(12) for j in range(i)]
     assert uniformity(x) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
     assert alignment(x, x) == 0 and uniformity(np.repeat(x[:1], 4, axis=0)) == pytest.approx(0, abs=1e-6)

@@ -88,7 +88,8 @@ def test_an_encoder_and_bm25_are_scored_on_a_folder(tmp_path, zipped):
     encoder = WordEncoder("open read file close socket".split())
     evaluation = config.Evaluation("e", "retrieval", str(folder), split="test", instruction="find it", max_length=32)
     figures = evaluate(encoder, evaluation)
-    assert encoder.calls == [(["open read a file", "close socket", "read socket"], "", 32), (["open file", "close"], "Instruct: find it\nQuery: ", 32)]
+    assert encoder.calls == [(["open read a file", "close socket", "read socket"], "", 32),
+                             (["open file", "close"], "Instruct: find it\nQuery: ", 32)]
     # query a: rank 1; query b: d1 is not relevant (rank 1), then d0, d2 tie at zero in document order: rank 3
     assert figures["ndcg@10"] == pytest.approx((1 + 1 / math.log2(4)) / 2) and figures["mrr@10"] == pytest.approx((1 + 1 / 3) / 2)
     assert by_language(figures)["en"]["ndcg@10"] == 1.0 and by_language(figures)["de"]["mrr@10"] == pytest.approx(1 / 3)

@@ -77,7 +77,8 @@ def test_a_folder_that_is_one_set_and_one_with_two_splits(folder):
     assert [e.name for e in read_suite(folder / "search/dev").sets] == ["dev"]
     shutil.copy(folder / "search/dev/qrels/dev.tsv", folder / "search/dev/qrels/test.tsv")
     shutil.copy(folder / "search/dev/qrels/dev.tsv", folder / "search/dev/qrels/train.tsv")
-    assert [(e.name, e.split) for e in read_suite(folder).sets if e.kind == "retrieval"] == [("search/dev.dev", "dev"), ("search/dev.test", "test")]
+    found = [(e.name, e.split) for e in read_suite(folder).sets if e.kind == "retrieval"]
+    assert found == [("search/dev.dev", "dev"), ("search/dev.test", "test")]
 
 
 def test_sets_are_chosen_by_name_pattern_or_kind_and_bounded(folder):
@@ -162,7 +163,8 @@ def test_a_suite_is_carried_out_and_goes_on_where_it_stopped(folder):
     assert seen[:3] == [("bitext", False), ("colours", False), ("mkqa", False)] and all(computed for _, computed in seen[3:])
     assert results == json.loads((out / "results.json").read_text())
     found = results["sets"]["search/dev"]
-    assert found["main"] == "ndcg@10" and found["figures"]["ndcg@10/en"] == 1 and found["texts"] == 5 and found["settings"]["prompt_name"] == "query"
+    assert found["main"] == "ndcg@10" and found["figures"]["ndcg@10/en"] == 1 and found["texts"] == 5
+    assert found["settings"]["prompt_name"] == "query"
     assert results["encoder"]["run"] == "words" and len(results["encoder"]["weights_sha256"]) == 64 and "scipy" in results["versions"]
     assert set(json.loads((out / "diagnostics.json").read_text())) == set(results["sets"])
     calls = len(encoder.calls)
@@ -188,7 +190,8 @@ def test_the_page_shows_every_set_and_fetches_nothing(folder):
     run_suite(Words(), read_suite(folder), out, [4, 9])
     html = write_page(out).read_text()
     page = Page(html)
-    for shown in ("Retrieval", "MKQA", "Bitext mining", "Clustering", "search/dev", "sts/pairs.en.dev", "search/dev by language", "weights_sha256",
+    for shown in ("Retrieval", "MKQA", "Bitext mining", "Clustering", "search/dev", "sts/pairs.en.dev", "search/dev by language",
+                  "weights_sha256",
                   "bitext: languages", "bitext: between languages", "colours: cosines", "Spearman by dimension".split()[0]):
         assert shown in page.text, shown
     assert not {"script", "link", "iframe", "img"} & set(page.tags) and "default-src 'none'" in html
@@ -221,7 +224,8 @@ def test_the_command_prints_a_table_for_each_kind_and_language(folder, conan):
     model = folder.parent / "run"
     result = conan(model, "--suite", folder)
     assert result.exit_code == 0, result.output
-    for shown in ("search/dev  ndcg@10", "retrieval", "search/dev, by language", "classification", "clustering", "mkqa", "bitext", "spearman"):
+    for shown in ("search/dev  ndcg@10", "retrieval", "search/dev, by language", "classification", "clustering", "mkqa", "bitext",
+                  "spearman"):
         assert shown in result.output, shown
     assert (model / "eval/data/results.json").is_file() and (model / "eval/data/report.html").is_file()
     again = conan(model, "--suite", folder, "--json")
