@@ -164,11 +164,11 @@ class Recipe:
         """The model before its first step: random weights, or those that `init_from` names."""
         from conan_jax.inference.encoder import Encoder
         from conan_jax.inference.load import untrained
-        from conan_jax.train import checkpoint
+        from conan_jax.train import checkpoint, start_rule
 
         loaded, place = untrained(self.run, self.prepare().tokenizer), self._init_from()
         if place is not None:
-            folder, step = checkpoint.locate(place)
+            folder, step = start_rule.locate(place)
             loaded = loaded._replace(params=checkpoint.restore_params(folder, step), identity={**loaded.identity, "init_from": place})
         return Encoder(*loaded)
 

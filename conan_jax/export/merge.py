@@ -23,7 +23,7 @@ from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.hf.importer import placed, refuse_taken, write_run
 from conan_jax.inference.load import find_tokenizer
 from conan_jax.model import Embedder
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 
 METHODS = ("linear", "slerp")
 SMALLEST_SINE = 1e-3  # of the angle between two tensors; below it, the arc between them is taken for a line
@@ -59,11 +59,11 @@ def merge(
     """
     shares = _shares(places, weights, method)
     refuse_taken(Path(out))
-    found = [checkpoint.locate(place) for place in places]
+    found = [start_rule.locate(place) for place in places]
     metadata = [checkpoint.read_metadata(folder, step) for folder, step in found]
     run = from_dict(metadata[0]["config"])
     for (folder, _), other in zip(found, metadata):
-        if problem := checkpoint.mismatch(other, run.model, metadata[0]["tokenizer_sha256"], checkpoint.FREE_AT_A_START):
+        if problem := start_rule.mismatch(other, run.model, metadata[0]["tokenizer_sha256"], start_rule.FREE_AT_A_START):
             raise CheckpointError(f"{folder} {problem} (here: {found[0][0]}); only weights of one model and one tokenizer can be averaged")
     tokenizer = find_tokenizer(run, found[0][0], metadata[0]["tokenizer_sha256"])
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, and where a stage starts from. The only file that knows orbax.
+"""Checkpoints on disk. The only file that knows orbax.
 
     FOLDER/checkpoints/STEP/params     the weights, alone, so that an encoder reads nothing else
     FOLDER/checkpoints/STEP/train      optimizer state, carry, step, counters
@@ -18,11 +18,10 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,20 +29,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from conan_jax import config
-from conan_jax.config_io import from_dict, to_dict
+from conan_jax.config_io import to_dict
 from conan_jax.errors import CheckpointError
-from conan_jax.files import read_json
 from conan_jax.stages.base import Params
 from conan_jax.train import manifest, step_folders, together
 from conan_jax.train.state import TrainState
 from conan_jax.train.step_folders import step_folder
 
 FORMAT = 1
-# How the same weights are computed; everything else under `model` decides what they are or mean.
-_FREE_MODEL_KEYS = {"max_length", "initializer_range", "embedding_initializer_range", "compute_dtype", "scan_layers", "remat",
-                    "attention", "attention_block_size"}
-# What may differ besides where the weights of another run are a beginning.
-FREE_AT_A_START = {"pooling", "hidden_dropout"}
 _MEETINGS = itertools.count()  # every meeting of processes has its own name
 # Orbax raises what goes wrong in its threads, and we explain it; it logs the traceback as well.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -92,7 +85,7 @@ def _agree(failure: Exception | None) -> None:
         raise failure or CheckpointError(message)
 
 
-def _on_process_0(doing: str, action: Callable[[], None], advice: Callable[[], str] = str) -> None:
+def on_process_0(doing: str, action: Callable[[], None], advice: Callable[[], str] = str) -> None:
     """Process 0 alone does it while the others wait; every process raises the `CheckpointError` it ends in."""
     failure = None
     try:
@@ -129,7 +122,7 @@ class Checkpoints:
         self._finisher: threading.Thread | None = None
         self._committed, self._failure = False, None  # of the save in flight: by every process; what went wrong
         opening = f"opening {folder / 'checkpoints'} for writing"
-        _on_process_0(opening, lambda: step_folders.clear_torn(folder))
+        on_process_0(opening, lambda: step_folders.clear_torn(folder))
         with _explained(opening):
             # Orbax would let older steps go before the new one has its manifest: `_finish` does that instead.
             self._manager = _manager(folder, create=True, enable_async_checkpointing=True)
@@ -145,7 +138,7 @@ class Checkpoints:
         size = sum(array.nbytes for array in jax.tree.leaves(state))
         needed = size + size // 1000 + 2**20  # names, shapes and shardings take some hundred bytes an array and device
         saving, room = f"saving step {step} in {self.folder}", partial(step_folders.room, self.folder, step, needed)
-        _on_process_0(saving, lambda: step_folders.refuse_full_disk(self.folder, needed), room)
+        on_process_0(saving, lambda: step_folders.refuse_full_disk(self.folder, needed), room)
         items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(_train_item(state)),
                                    metadata=ocp.args.JsonSave(dict(self._metadata, step=step)))
         with _explained(saving, room):
@@ -200,7 +193,7 @@ def latest_step(folder: Path) -> int | None:
     return step_folders.newest(folder)
 
 
-def _damage(folder: Path, step: int) -> str:
+def damage_of(folder: Path, step: int) -> str:
     """What is wrong with a step, found by all processes together, each looking at its share of the files; "" when all is well."""
     return _first_complaint(manifest.damage(step_folder(folder, step), step, part=jax.process_index(), parts=jax.process_count()))
 
@@ -234,7 +227,7 @@ def restore_params(folder: Path, step: int | None = None, abstract: Params | Non
     """
     step = step_folders.existing(folder, step)
     if not verified:
-        step_folders.refuse_damage(folder, step, _damage(folder, step) if abstract is not None else
+        step_folders.refuse_damage(folder, step, damage_of(folder, step) if abstract is not None else
                                    manifest.damage(step_folder(folder, step), step, items=("params", "metadata")))
     with _reader(folder) as manager, _explained(f"restoring the weights of {folder} step {step}"):
         if abstract is None:
@@ -251,7 +244,7 @@ def restore_state(folder: Path, step: int, abstract: TrainState, verified: bool 
     shape or dtype differs.
     """
     if not verified:
-        step_folders.refuse_damage(folder, step, _damage(folder, step_folders.existing(folder, step)))
+        step_folders.refuse_damage(folder, step, damage_of(folder, step_folders.existing(folder, step)))
     wanted = {"params": abstract.params, "train": _train_item(abstract)}
     with _reader(folder) as manager, _explained(f"resuming from {folder} step {step}"):
         differing = _differences(manager.item_metadata(step), wanted)
@@ -277,114 +270,3 @@ def _described(tree: Any) -> dict[str, str]:
     """`{"train.carry.s0": "float32[16]"}`"""
     return {jax.tree_util.keystr(path, simple=True, separator="."): f"{np.dtype(a.dtype).name}{list(a.shape)}"
             for path, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a stage begins. `folder` and `step` name the checkpoint, unless it is from scratch.
-
-    `damaged`: newer steps that were set aside, because files of theirs were not as written.
-    """
-
-    kind: Literal["resume", "previous", "initial", "scratch"]
-    folder: Path | None = None
-    step: int = 0
-    damaged: tuple[int, ...] = ()
-    verified: bool = field(default=False, compare=False, repr=False)
-
-    def __str__(self) -> str:
-        aside = f", the damaged step {' and '.join(map(str, self.damaged))} set aside" if self.damaged else ""
-        weights = f"weights of {self.folder} (step {self.step})"
-        return {"resume": f"resume {self.folder} at step {self.step}", "previous": weights, "initial": f"{weights}, as init_from says",
-                "scratch": "from scratch"}[self.kind] + aside
-
-
-def find_start(folder: Path, previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, fallback: bool = False,
-               init_from: str | None = None) -> Start:
-    """The start rule: resume own run -> previous stage's weights -> those of `init_from` -> scratch. All processes call it together.
-
-    `init_from` is for a first stage, as `locate` takes it. A damaged step is refused; with `fallback` it is set aside as
-    `STEP.damaged` and the newest good one before it is used.
-    Raises `CheckpointError` when there is no good one, when it belongs to another tokenizer or model, or when the previous
-    stage stopped half-way.
-    """
-    own, damaged = _good_step(folder, fallback)
-    if own is not None:
-        check_compatible(folder, read_metadata(folder, own), model, tokenizer_sha256)
-        return Start("resume", folder, own, damaged, verified=True)
-    previous, damaged = _good_step(previous_folder, fallback) if previous_folder is not None else (None, ())
-    if previous is None and init_from is not None:
-        place, step = locate(init_from)
-        if found := mismatch(read_metadata(place, step), model, tokenizer_sha256, FREE_AT_A_START):
-            raise CheckpointError(f"{place} {found}; start with --init-from, which takes model and tokenizer from there, give the recipe "
-                                  "the same ones, or name another run in init_from")
-        return Start("initial", place, step)
-    if previous is None:
-        return Start("scratch")
-    metadata = read_metadata(previous_folder, previous)
-    check_compatible(previous_folder, metadata, model, tokenizer_sha256)
-    if previous < metadata["steps"]:
-        raise CheckpointError(f"stage {metadata['stage']!r} in {previous_folder} stopped at step {previous} of {metadata['steps']}; "
-                              "start it again to finish it before the stage that follows")
-    return Start("previous", previous_folder, previous, damaged, verified=True)
-
-
-def _good_step(folder: Path, fallback: bool) -> tuple[int | None, tuple[int, ...]]:
-    """The newest step whose files are as written, and the damaged ones after it, set aside. (None, ()) when there are no steps."""
-    damaged: dict[int, str] = {}
-    while (step := together.from_process_0(step_folders.newest(folder, below=min(damaged, default=None)) or 0)) > 0:
-        damage = _damage(folder, step)
-        if not damage:
-            _on_process_0(f"setting damaged steps of {folder} aside", lambda: step_folders.set_aside(folder, damaged))
-            return step, tuple(damaged)
-        if not fallback:
-            step_folders.refuse_damage(folder, step, damage)
-        damaged[step] = damage
-    if damaged:
-        found = "; ".join(f"step {step}: {damage}" for step, damage in damaged.items())
-        raise CheckpointError(f"every step in {folder} is damaged ({found}), so there is none to fall back to. "
-                              "Put the files back from a copy, or train the stage anew with --fresh")
-    return None, ()
-
-
-def check_compatible(folder: Path, metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str) -> None:
-    """Raises `CheckpointError` naming both hashes, or the model keys that differ with both values."""
-    if found := mismatch(metadata, model, tokenizer_sha256):
-        raise CheckpointError(f"{folder} {found}; change the configuration back, or use another output_dir")
-
-
-def mismatch(metadata: dict[str, Any], model: config.Model, tokenizer_sha256: str, free: Set[str] = frozenset()) -> str:
-    """Why the weights of a checkpoint are not those of `model` and a tokenizer, "" when they are. `free`: model keys that may differ."""
-    if metadata["tokenizer_sha256"] != tokenizer_sha256:
-        return (f"was trained with tokenizer {metadata['tokenizer_sha256']} and this run has tokenizer {tokenizer_sha256}: "
-                "the same ids would mean other text")
-    # A key that an earlier version did not know had its default there.
-    stored, ours = {**to_dict(config.Model()), **metadata["config"]["model"]}, to_dict(model)
-    differing = [key for key in sorted(stored.keys() | ours.keys())
-                 if key not in _FREE_MODEL_KEYS | free and stored.get(key) != ours.get(key)]
-    pairs = ", ".join(f"model.{key} is {stored.get(key)!r} there and {ours.get(key)!r} here" for key in differing)
-    return f"holds another model: {pairs}" if pairs else ""
-
-
-def locate(place: str | Path) -> tuple[Path, int]:
-    """(stage folder, step) of what `RUN`, `RUN/STAGE` or `RUN/STAGE@STEP` names: by default the last stage that has steps, and its newest.
-
-    Raises `CheckpointError` when there is no such complete step.
-    """
-    text = str(place)
-    name, at, number = text.rpartition("@")
-    folder, step = (Path(name), int(number)) if at and number.isdecimal() else (Path(text), None)
-    if latest_step(folder) is None and (settings := read_json(folder / "config.json")) is not None:
-        names = [stage.name for stage in from_dict(settings).stages]
-        trained = [folder / name for name in names if latest_step(folder / name) is not None]
-        if not trained:
-            raise CheckpointError(f"no stage of {folder} has a complete checkpoint; train it first, or name another folder")
-        folder = trained[-1]
-    return folder, step_folders.existing(folder, step)
-
-
-def load_start(start: Start, abstract: TrainState, scratch: Callable[[], Params], begin: Callable[[Params], TrainState]) -> TrainState:
-    """The first state: resumed whole, or begun from the weights of another stage, or from `scratch()` ones."""
-    if start.kind == "resume":
-        return restore_state(start.folder, start.step, abstract, start.verified)
-    return begin(scratch() if start.folder is None else restore_params(start.folder, start.step, abstract.params, start.verified))

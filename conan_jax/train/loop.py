@@ -19,7 +19,7 @@ from rich.console import Console
 from conan_jax import config, distributed, hardware, sharding
 from conan_jax.errors import CheckpointError, PeerError, Preempted, TrainingError
 from conan_jax.stages.base import Stage
-from conan_jax.train import checkpoint, metrics, optimizer, state
+from conan_jax.train import checkpoint, metrics, optimizer, start_rule, state
 from conan_jax.train.introduction import introduction
 from conan_jax.train.step import make_train_step
 from conan_jax.train.watchdog import Watchdog
@@ -46,11 +46,11 @@ def train_stage(
     previous_folder: Path | None = None, init_from: str | None = None, console: Console | None = None,
     stop: Callable[[], bool] | None = None, devices: list[jax.Device] | None = None, fallback: bool = False,
 ) -> StageResult:
-    """Train one stage to its last step, from wherever `checkpoint.find_start` says. Every process of a run calls it alike.
+    """Train one stage to its last step, from wherever `start_rule.find_start` says. Every process of a run calls it alike.
 
     Args:
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
-        init_from: where the weights of a first stage come from, as `checkpoint.locate` takes it.
+        init_from: where the weights of a first stage come from, as `start_rule.locate` takes it.
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
         fallback: a damaged checkpoint is set aside for the newest good one before it, instead of refused.
@@ -62,7 +62,7 @@ def train_stage(
         PeerError: another process is gone.
     """
     console, is_main = console or Console(), distributed.is_main()
-    start = checkpoint.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback, init_from)
+    start = start_rule.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback, init_from)
     if start.kind == "resume" and start.step >= stage_config.steps:
         console.print(f"stage {stage_config.name}: complete at step {start.step:,}", highlight=False, markup=False)
         record = metrics.last_record(folder / "metrics.jsonl") or {}
@@ -86,7 +86,7 @@ def train_stage(
         metadata = checkpoint.make_metadata(run, stage_config, tokenizer_sha256)
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder, stage_config.keep_checkpoints, metadata)))
         watchdog.beat(str(start))
-        current = checkpoint.load_start(start, abstract, scratch=lambda: state.scratch_params(embedder, abstract, run.seed),
+        current = start_rule.load_start(start, abstract, scratch=lambda: state.scratch_params(embedder, abstract, run.seed),
                                         begin=lambda params: state.begin(params, abstract, fresh))
         train_step = make_train_step(stage, updates, schedule, run.seed, abstract)
 

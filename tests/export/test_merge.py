@@ -14,7 +14,7 @@ from conan_jax.errors import CheckpointError, ConanError, ConfigError
 from conan_jax.export.merge import linear, merge, slerp
 from conan_jax.hf.importer import import_folder
 from conan_jax.inference.encoder import Encoder
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 from tests.hf import folders
 
 RNG = np.random.default_rng(4)
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
 
 
 def params_of(run):
-    return checkpoint.restore_params(*checkpoint.locate(run))
+    return checkpoint.restore_params(*start_rule.locate(run))
 
 
 def leaves(run):
@@ -132,7 +132,7 @@ def test_other_models_and_tokenizers_are_refused(runs, tmp_path):
 
 def test_steps_of_one_stage(runs, tmp_path):
     """The average stands where the newest of them stood."""
-    stage, step = checkpoint.locate(runs / "r0")
+    stage, step = start_rule.locate(runs / "r0")
     metadata = checkpoint.read_metadata(stage, step)
     shutil.copytree(runs / "r0", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "imported")

@@ -14,7 +14,7 @@ from conan_jax.config_io import from_dict
 from conan_jax.hf.importer import import_folder, read_origin
 from conan_jax.hf.weights import read_tensors, to_tensors, write_safetensors
 from conan_jax.model import Bidirectional, Causal, Embedder, Layout
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 from tests.data.test_json_tokenizer import MADE, TEXTS
 
 torch = pytest.importorskip("torch", reason="needs the packages of tests/extras/requirements.txt")
@@ -52,7 +52,7 @@ def save(model, folder, size="20KB"):
 
 
 def ours(run, mask):
-    folder, step = checkpoint.locate(run)
+    folder, step = start_rule.locate(run)
     metadata = checkpoint.read_metadata(folder, step)
     embedder = Embedder(dataclasses.replace(from_dict(metadata["config"]).model, compute_dtype="float32", remat="none", scan_layers=False))
     params = checkpoint.restore_params(folder, step)
@@ -98,7 +98,7 @@ def test_transformers_loads_what_is_written_again(tmp_path, name, dtype):
     model = torch_model(name).to(getattr(torch, dtype))
     folder = save(model, tmp_path / "hf")
     run = import_folder(folder, tmp_path / "run").run
-    origin, (stage, step) = read_origin(tmp_path / "run"), checkpoint.locate(tmp_path / "run")
+    origin, (stage, step) = read_origin(tmp_path / "run"), start_rule.locate(tmp_path / "run")
     tensors = to_tensors(checkpoint.restore_params(stage, step), run.model, dtype=origin.dtype, causal=origin.causal_form)
     write_safetensors(tmp_path / "back", tensors)
     (tmp_path / "back" / "config.json").write_text(json.dumps(origin.hf_config(run.model)))

@@ -19,7 +19,7 @@ from conan_jax.hf.importer import import_folder, read_origin
 from conan_jax.hf.weights import read_tensors, to_tensors, write_safetensors
 from conan_jax.inference.encoder import Encoder
 from conan_jax.model import Bidirectional, Causal
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 from tests.hf import folders
 from tests.hf.test_weights import same
 
@@ -34,7 +34,7 @@ FREE = {"architectures", "head_dim", "dtype", "torch_dtype", "rope_theta", "rope
 def test_what_was_imported_is_written_again_bit_for_bit(tmp_path, family, dtype, shards, changes):
     folder, tensors = folders.write(tmp_path / "a", family, dtype, shards=shards, **changes)
     made = import_folder(folder, tmp_path / "run")
-    origin, (stage, step) = read_origin(tmp_path / "run"), checkpoint.locate(tmp_path / "run")
+    origin, (stage, step) = read_origin(tmp_path / "run"), start_rule.locate(tmp_path / "run")
     assert origin == made.origin and (origin.architecture, origin.dtype, origin.causal_form) == (family, dtype, True)
     params = checkpoint.restore_params(stage, step)
     back = to_tensors(params, made.run.model, dtype=origin.dtype, causal=origin.causal_form)
@@ -76,7 +76,7 @@ def test_a_head_can_be_left_out(tmp_path):
     folder, _ = folders.write(tmp_path / "a", "llama")
     with_head, without = (import_folder(folder, tmp_path / name, head=head).run for name, head in (("with", True), ("without", False)))
     assert not with_head.model.tie_word_embeddings and without.model.tie_word_embeddings
-    here = {name: checkpoint.restore_params(checkpoint.locate(tmp_path / name)[0]) for name in ("with", "without")}
+    here = {name: checkpoint.restore_params(start_rule.locate(tmp_path / name)[0]) for name in ("with", "without")}
     assert here["with"].pop("output_embedding").shape == (folders.V, folders.D)
     assert jax.tree.all(jax.tree.map(np.array_equal, here["with"], here["without"]))
     origin = read_origin(tmp_path / "without")
@@ -160,14 +160,14 @@ def get_config(variant):
     result = CliRunner().invoke(app, ["train", str(file), "--init-from", str(tmp_path / "base")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert f"start: weights of {tmp_path}/base/imported (step 1), as init_from says" in result.output
-    folder, step = checkpoint.locate(tmp_path / "tuned")
+    folder, step = start_rule.locate(tmp_path / "tuned")
     assert folder.name == "weak" and step == 2
     params = checkpoint.restore_params(folder)
     np.testing.assert_allclose(params["embedding"], tensors["model.embed_tokens.weight"], atol=1e-6)
     run = config_io.from_dict(json.loads((tmp_path / "tuned" / "config.json").read_text()))
     assert run.init_from == str(tmp_path / "base") and run.model.remat == "none" and run.model.qk_norm and run.model.num_layers == 2
     sha256 = Tokenizer.load(run.tokenizer.path).sha256
-    assert checkpoint.find_start(folder, None, run.model, sha256, init_from=run.init_from).kind == "resume"
+    assert start_rule.find_start(folder, None, run.model, sha256, init_from=run.init_from).kind == "resume"
 
 
 def test_another_model_or_tokenizer_is_refused(imported):
@@ -177,9 +177,9 @@ def test_another_model_or_tokenizer_is_refused(imported):
     sha256 = Tokenizer.load(run.tokenizer.path).sha256
 
     def start(model, sha256=sha256, place=base):
-        return checkpoint.find_start(tmp_path / "own", None, model, sha256, init_from=place)
+        return start_rule.find_start(tmp_path / "own", None, model, sha256, init_from=place)
 
-    assert start(run.model) == start(run.model, place=base + "/imported@1") == checkpoint.Start("initial", tmp_path / "base/imported", 1)
+    assert start(run.model) == start(run.model, place=base + "/imported@1") == start_rule.Start("initial", tmp_path / "base/imported", 1)
     other = config_io.build(type(run.model), {**config_io.to_dict(run.model), "pooling": "last", "hidden_dropout": 0.1}, "model")
     assert start(other).kind == "initial"
     with pytest.raises(CheckpointError, match="model.rope_theta is 1000000.0 there and 5.0 here.*--init-from"):

@@ -109,7 +109,8 @@ def test_a_long_text_without_a_place_to_cut_is_no_trouble(text):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("text", ["", "what is it", "  two spaces", "Query", "Query: x", "\n", "\nQuery: y", ": z", " ", "Instruct: a\nQuery: b"])
+@pytest.mark.parametrize("text", [
+    "", "what is it", "  two spaces", "Query", "Query: x", "\n", "\nQuery: y", ": z", " ", "Instruct: a\nQuery: b"])
 def test_a_prompt_is_cut_from_its_text(task, text):
     prompt = query_prompt(task)
     row = encode_texts(tokenizer(), [text], 512, [task])

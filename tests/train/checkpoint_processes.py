@@ -16,7 +16,7 @@ import numpy as np  # noqa: E402
 
 from conan_jax import config, sharding  # noqa: E402
 from conan_jax.errors import CheckpointError  # noqa: E402
-from conan_jax.train import checkpoint, manifest, together  # noqa: E402
+from conan_jax.train import checkpoint, manifest, start_rule, together  # noqa: E402
 from conan_jax.train.state import TrainState  # noqa: E402
 from tests.train.toy_stage import toy_run  # noqa: E402
 
@@ -40,11 +40,11 @@ def make_state(step: int) -> TrainState:
 def resumed(folder: Path, step: int, **options: bool) -> str:
     """What the start says, after this process's part of every array was found to be that of `step`."""
     try:
-        start = checkpoint.find_start(folder, None, RUN.model, "aaa", **options)
+        start = start_rule.find_start(folder, None, RUN.model, "aaa", **options)
     except CheckpointError as error:
         return str(error)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), make_state(0))
-    state = checkpoint.load_start(start, abstract, None, None)
+    state = start_rule.load_start(start, abstract, None, None)
     for ours, whole in zip(jax.tree.leaves(state), jax.tree.leaves(values(step))):
         for shard in ours.addressable_shards:
             assert np.asarray(shard.data).tobytes() == np.asarray(whole)[shard.index].tobytes()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from conan_jax import config, sharding
 from conan_jax.errors import CheckpointError, Preempted
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 from conan_jax.train.loop import train_stage
 from conan_jax.train.state import TrainState
 from tests.train.toy_stage import ToyEmbedder, ToyPipeline, ToyStage, toy_run
@@ -92,16 +92,16 @@ def test_a_step_is_not_written_twice(tmp_path):
 
 
 def start(folder, previous=None, model=RUN.model, tokenizer="aaa"):
-    return checkpoint.find_start(folder, previous, model, tokenizer)
+    return start_rule.find_start(folder, previous, model, tokenizer)
 
 
 def test_start_rule_own_run_then_previous_stage_then_scratch(tmp_path):
     own, previous = tmp_path / "own", tmp_path / "previous"
     assert start(own, previous).kind == "scratch" and start(own).kind == "scratch"
     save(previous, 8)
-    assert start(own, previous) == checkpoint.Start("previous", previous, 8)
+    assert start(own, previous) == start_rule.Start("previous", previous, 8)
     save(own, 2, 4)
-    assert start(own, previous) == checkpoint.Start("resume", own, 4)
+    assert start(own, previous) == start_rule.Start("resume", own, 4)
 
 
 def test_a_previous_stage_that_stopped_half_way_is_refused(tmp_path):
@@ -132,22 +132,22 @@ def test_a_key_that_an_earlier_version_did_not_know_had_its_default(tmp_path):
     metadata = checkpoint.read_metadata(tmp_path)
     for key in ("attention_bias", "tie_word_embeddings", "rope_scaling"):
         del metadata["config"]["model"][key]
-    checkpoint.check_compatible(tmp_path, metadata, RUN.model, "aaa")
+    start_rule.check_compatible(tmp_path, metadata, RUN.model, "aaa")
     with pytest.raises(CheckpointError, match="model.tie_word_embeddings is True there and False here"):
-        checkpoint.check_compatible(tmp_path, metadata, dataclasses.replace(RUN.model, tie_word_embeddings=False), "aaa")
+        start_rule.check_compatible(tmp_path, metadata, dataclasses.replace(RUN.model, tie_word_embeddings=False), "aaa")
 
 
 def test_init_from_comes_after_the_previous_stage_and_before_scratch(tmp_path):
     own, previous, base = tmp_path / "own", tmp_path / "previous", save(tmp_path / "base", 2, 6)
 
     def first(previous=None, place=str(base)):
-        return checkpoint.find_start(own, previous, RUN.model, "aaa", init_from=place)
+        return start_rule.find_start(own, previous, RUN.model, "aaa", init_from=place)
 
-    assert first() == first(previous) == checkpoint.Start("initial", base, 6)  # half-way is as good a beginning as any
-    assert first(place=f"{base}@2") == checkpoint.Start("initial", base, 2)
+    assert first() == first(previous) == start_rule.Start("initial", base, 6)  # half-way is as good a beginning as any
+    assert first(place=f"{base}@2") == start_rule.Start("initial", base, 2)
     assert str(first()) == f"weights of {base} (step 6), as init_from says"
     target = abstract(make_state(0))
-    began = checkpoint.load_start(first(place=f"{base}@2"), target, scratch=lambda: None, begin=lambda params: params)
+    began = start_rule.load_start(first(place=f"{base}@2"), target, scratch=lambda: None, begin=lambda params: params)
     assert same(began, make_state(2).params)
     save(previous, 8)
     assert first(previous).kind == "previous"
@@ -158,8 +158,8 @@ def test_init_from_comes_after_the_previous_stage_and_before_scratch(tmp_path):
 def test_weights_from_elsewhere_are_a_checkpoint_to_start_from(tmp_path):
     weights = make_state(3).params
     checkpoint.write_weights(tmp_path, 8, weights, checkpoint.make_metadata(RUN, STAGE, "aaa"))
-    assert same(checkpoint.restore_params(tmp_path), weights) and checkpoint.locate(tmp_path) == (tmp_path, 8)
-    assert checkpoint.find_start(tmp_path / "own", tmp_path, RUN.model, "aaa") == checkpoint.Start("previous", tmp_path, 8)
+    assert same(checkpoint.restore_params(tmp_path), weights) and start_rule.locate(tmp_path) == (tmp_path, 8)
+    assert start_rule.find_start(tmp_path / "own", tmp_path, RUN.model, "aaa") == start_rule.Start("previous", tmp_path, 8)
 
 
 def test_another_model_is_refused_with_the_keys_that_differ(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from conan_jax.errors import CheckpointError
-from conan_jax.train import checkpoint, manifest
+from conan_jax.train import checkpoint, manifest, start_rule
 from tests.train.test_checkpoint import RUN, STAGE, abstract, make_state, same, save
 
 
@@ -41,11 +41,11 @@ def add(path):
 
 
 def start(folder, previous=None, fallback=False):
-    return checkpoint.find_start(folder, previous, RUN.model, "aaa", fallback)
+    return start_rule.find_start(folder, previous, RUN.model, "aaa", fallback)
 
 
 def resume(folder, **options):
-    return checkpoint.load_start(start(folder, **options), abstract(make_state(0)), None, None)
+    return start_rule.load_start(start(folder, **options), abstract(make_state(0)), None, None)
 
 
 def names(folder):
@@ -129,8 +129,8 @@ def test_fallback_uses_the_newest_good_step_and_sets_the_damaged_aside(tmp_path)
     assert names(tmp_path) == ["2", "4", "6", "8"]
 
     found = start(tmp_path, fallback=True)
-    assert found == checkpoint.Start("resume", tmp_path, 4, (8, 6)) and str(found).endswith("at step 4, the damaged step 8 and 6 set aside")
-    assert same(checkpoint.load_start(found, abstract(make_state(0)), None, None), make_state(4))
+    assert found == start_rule.Start("resume", tmp_path, 4, (8, 6)) and str(found).endswith("at step 4, the damaged step 8 and 6 set aside")
+    assert same(start_rule.load_start(found, abstract(make_state(0)), None, None), make_state(4))
     assert names(tmp_path) == ["2", "4", "6.damaged", "8.damaged"] and checkpoint.latest_step(tmp_path) == 4
     for step, name in harmed.items():  # nothing is lost
         assert (place(tmp_path, f"{step}.damaged") / name).read_bytes() == contents[step]
@@ -143,7 +143,7 @@ def test_fallback_uses_the_newest_good_step_and_sets_the_damaged_aside(tmp_path)
 
 def test_fallback_changes_nothing_where_all_is_well(tmp_path):
     save(tmp_path, 4, 6)
-    assert start(tmp_path, fallback=True) == checkpoint.Start("resume", tmp_path, 6) == start(tmp_path)
+    assert start(tmp_path, fallback=True) == start_rule.Start("resume", tmp_path, 6) == start(tmp_path)
     assert start(tmp_path / "new", fallback=True).kind == "scratch" and names(tmp_path) == ["4", "6"]
 
 
