@@ -69,7 +69,8 @@ def cut_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int, count: in
 
 def exported(folder: Path, texts: Sequence[str]) -> Path:
     """An export of a fresh model, with a tokenizer trained on `texts`."""
-    tokenizer = train_tokenizer(texts, config.Tokenizer(vocab_size=MODEL.vocab_size, max_training_bytes=2_000_000), folder / "run/data/tokenizer")
+    settings = config.Tokenizer(vocab_size=MODEL.vocab_size, max_training_bytes=2_000_000)
+    tokenizer = train_tokenizer(texts, settings, folder / "run/data/tokenizer")
     stage = config.WeakStage(name="weak", datasets=(config.Mix("d"),), steps=1, buckets=(config.Bucket(512, 512),), global_batch_size=1,
                              soft_mask=config.SoftMask(steps=1))
     run = config.Run(name="benchmark", stages=(stage,), datasets=(config.Dataset("d", "pair", "x"),), model=MODEL,
@@ -122,7 +123,8 @@ def measure(rounds: int, count: int) -> Iterator[Figure]:
         }, rounds)
         for side, seconds in times.items():
             yield plain(f"texts a second of {side}, {name}", len(given) / statistics.median(seconds), "/s")
-        yield at_least(bar, f"texts a second of conan_jax over sentence-transformers, {name}", ratio(times, "sentence-transformers", "conan_jax"), "x")
+        yield at_least(bar, f"texts a second of conan_jax over sentence-transformers, {name}",
+                       ratio(times, "sentence-transformers", "conan_jax"), "x")
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
  conan encode docs.jsonl docs.npy --model runs/small --precision ubinary --json
 
-A run that is stopped goes on with the same command, and writes the same bytes. Search what was made with [bold]conan search --corpus[/bold].
+A run that is stopped goes on with the same command, and writes the same bytes.
+Search what was made with [bold]conan search --corpus[/bold].
 """
 
 
@@ -32,7 +33,8 @@ def encode(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.npy, or OUT.parquet with the columns id and embedding.")],
     model: Annotated[Path, typer.Option("--model", help="Folder of a run, a stage, or an export.")],
     text_field: Annotated[str, typer.Option("--field", help="The field that holds the text.")] = "text",
-    id_field: Annotated[Optional[str], typer.Option("--id-field", help="The field that holds the id.  [dim]default: number the texts[/dim]")] = None,
+    id_field: Annotated[Optional[str], typer.Option(
+        "--id-field", help="The field that holds the id.  [dim]default: number the texts[/dim]")] = None,
     prompt_name: Annotated[Optional[str], typer.Option(
         "--prompt-name", help="Which of the model's prompts stands before each text.  [dim]default: document[/dim]")] = None,
     prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before each text.")] = None,
@@ -53,8 +55,8 @@ def encode(
     texts = TextSource(source, text_field, id_field)
     piece = _shard(shard)
     encoder = Encoder.load(model)
-    settings = Settings(prompt=encoder.prompt(prompt_name or "document", prompt), batch_size=batch_size, precision=precision,  # type: ignore[arg-type]
-                        truncate_dim=truncate_dim, max_length=max_length, shard=piece)
+    settings = Settings(prompt=encoder.prompt(prompt_name or "document", prompt), batch_size=batch_size,
+                        precision=precision, truncate_dim=truncate_dim, max_length=max_length, shard=piece)
     with _Bar(f"encoding {out.name}") as bar:
         meta = encode_corpus(encoder, texts, out, settings, ranges=None if ranges is None else _ranges(ranges), advance=bar, say=bar.say)
     if as_json:

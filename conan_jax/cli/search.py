@@ -20,12 +20,15 @@ def search(
     corpus: Annotated[Optional[list[Path]], typer.Option(
         "--corpus", metavar="FILE", help="What `conan encode` wrote; several times for its shards, in order.")] = None,
     model: Annotated[Optional[Path], typer.Option("--model", help="Folder of the run or export that encoded the corpus.")] = None,
-    documents: Annotated[Optional[str], typer.Option("--documents", metavar="IN.jsonl", help="What was encoded, to show its texts.")] = None,
+    documents: Annotated[Optional[str], typer.Option(
+        "--documents", metavar="IN.jsonl", help="What was encoded, to show its texts.")] = None,
     text_field: Annotated[str, typer.Option("--field", help="The field of the documents that holds the text.")] = "text",
-    queries: Annotated[Optional[Path], typer.Option("--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY.")] = None,
+    queries: Annotated[Optional[Path], typer.Option(
+        "--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY.")] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many answers.")] = 5,
     prompt_name: Annotated[Optional[str], typer.Option("--prompt-name", help="Which of the model's prompts stands before a query.")] = None,
-    prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before a query.  [dim]default: the prompt \"query\"[/dim]")] = None,
+    prompt: Annotated[Optional[str], typer.Option(
+        "--prompt", help="The string before a query.  [dim]default: the prompt \"query\"[/dim]")] = None,
     faiss: Annotated[bool, typer.Option("--faiss", help="Approximate, through a faiss index made beside the corpus (extra).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of answers; of --queries, one {query, answers} a line.")] = False,
 ) -> None:

@@ -107,7 +107,8 @@ def encode_corpus(
     folder = out.with_name(f".{out.name}.partial")
     with FolderLock(folder, "`conan encode`"):
         try:
-            meta = _encode(encoder, source, out, folder, job, settings, ranges, advance or (lambda done, total: None), say or (lambda line: None))
+            meta = _encode(encoder, source, out, folder, job, settings, ranges, advance or (lambda done, total: None),
+                           say or (lambda line: None))
         except OSError as error:
             raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room, then start the same "
                             "command again") from error
@@ -263,4 +264,5 @@ def _write_parquet(out: Path, blocks: Iterator[np.ndarray], ids: Iterator[str], 
     with replacing(out) as partial, pq.ParquetWriter(partial, schema) as writer:
         for block in blocks:
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), columns)
-            writer.write_table(pa.Table.from_arrays([pa.array(list(itertools.islice(ids, len(block))), pa.string()), embedding], schema=schema))
+            names = pa.array(list(itertools.islice(ids, len(block))), pa.string())
+            writer.write_table(pa.Table.from_arrays([names, embedding], schema=schema))

@@ -51,8 +51,8 @@ class Encoder:
     """
 
     def __init__(
-        self, params: Any, model: config.Model, tokenizer: AnyTokenizer, mask: Mask = Bidirectional(), identity: Mapping[str, Any] | None = None,
-        prompts: Mapping[str, str] | None = None, *, devices: Sequence[jax.Device] | None = None,
+        self, params: Any, model: config.Model, tokenizer: AnyTokenizer, mask: Mask = Bidirectional(),
+        identity: Mapping[str, Any] | None = None, prompts: Mapping[str, str] | None = None, *, devices: Sequence[jax.Device] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
@@ -210,7 +210,8 @@ class Encoder:
             shape_tokens=OPERATIONS_PER_SHAPE[kind] * len(devices) / self._forward.operations_per_token)
         pending: deque[tuple[np.ndarray, Array]] = deque()
         for batch in planned:
-            pending.append((batch.members, self._forward(*padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length))))
+            shaped = padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length)
+            pending.append((batch.members, self._forward(*shaped)))
             if len(pending) >= IN_FLIGHT:
                 yield _collected(*pending.popleft())
         while pending:

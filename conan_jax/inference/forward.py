@@ -76,7 +76,7 @@ class Forward:
 
 @functools.cache
 def _programs(model: config.Model, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
-    """Before the layers, one layer, after the layers: compiled for each shape they meet, and shared by all encoders of one configuration."""
+    """Before the layers, one layer, after the layers: compiled for each shape, shared by all encoders of one configuration."""
     def split(f: Callable, arguments: tuple, results: Any, **options: Any) -> Callable:
         if mesh.size > 1:
             f = jax.shard_map(f, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)

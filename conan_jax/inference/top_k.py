@@ -26,7 +26,8 @@ def top_k(
         block: documents scored at once; default: 65,536, or fewer for many queries.
     """
     k = min(k, len(documents))
-    found = [_search(np.asarray(queries[start : start + QUERIES], np.float32), documents, k, block) for start in range(0, len(queries), QUERIES)]
+    groups = (np.asarray(queries[start : start + QUERIES], np.float32) for start in range(0, len(queries), QUERIES))
+    found = [_search(group, documents, k, block) for group in groups]
     if not found:
         return np.zeros((0, k), np.int64), np.zeros((0, k), np.float32)
     rows, scores = (np.concatenate(parts) for parts in zip(*found))

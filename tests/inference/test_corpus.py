@@ -107,7 +107,8 @@ def test_what_was_begun_another_way_is_not_gone_on_with(tmp_path, source, chunks
     out = tmp_path / "out.npy"
     with pytest.raises(Stop):
         encode_corpus(Interrupted(2), source, out)
-    encoder, settings = WordEncoder(WORDS, name="other" if change == "model" else "words"), Settings(max_length=3 if change == "settings" else None)
+    encoder = WordEncoder(WORDS, name="other" if change == "model" else "words")
+    settings = Settings(max_length=3 if change == "settings" else None)
     if change == "source":
         write(tmp_path / "in.jsonl", seed=1)
     if change == "file":

@@ -220,7 +220,8 @@ def test_truncated_vectors_are_brought_back_to_length_one(encoder):
 
 
 def test_every_string_has_a_finite_vector_of_length_one(encoder):
-    odd = ["", " ", "\n\t  \r", "\0", "a\0b", "\x01\x02\x7f\x9f", "\u200b\u202e\ufeff", "\ud800", "a\udfffb", "\ud83d\ude00", "\u2581", "e\u0301" * 500,
+    odd = ["", " ", "\n\t  \r", "\0", "a\0b", "\x01\x02\x7f\x9f", "\u200b\u202e\ufeff", "\ud800", "a\udfffb", "\ud83d\ude00", "\u2581",
+           "e\u0301" * 500,
            "\U0010ffff", "\ufffe\uffff", "\r\n" * 300]
     vectors = encoder.encode(odd)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

@@ -152,6 +152,12 @@ def test_search_on_the_device_is_the_full_sort_ties_included(block, k):
     np.testing.assert_array_equal(scores, np.take_along_axis(full, expected, axis=1))
 
 
+def test_the_padding_of_the_last_block_is_no_document():
+    documents = np.ones((70, 3), np.float32)  # every score is below that of a row of zeros
+    rows, scores = top_k(-documents[:2], documents, 5, block=64)
+    assert rows.tolist() == [[0, 1, 2, 3, 4]] * 2 and (scores == -3).all()
+
+
 def test_many_queries_no_queries_and_no_documents(monkeypatch):
     from conan_jax.inference import top_k as module
 
@@ -207,7 +213,8 @@ def test_the_command_searches_any_corpus_for_many_queries(tmp_path, command):
     assert [(q["query"], q["answers"][0]["id"]) for q in map(json.loads, found.output.splitlines())] == [("close", "1"), ("parse", "2")]
     shown = command("date", "--corpus", tmp_path / "c.npy", "--model", "m", "--documents", docs)
     assert shown.exit_code == 0 and "time.parse" in shown.output and "parse date date" in shown.output
-    for arguments, message in (((), "either a QUERY or"), (("x", "--queries", "q"), "either a QUERY or"), (("x", "--corpus", "c"), "needs --model")):
+    either = "either a QUERY or"
+    for arguments, message in (((), either), (("x", "--queries", "q"), either), (("x", "--corpus", "c"), "needs --model")):
         assert message in str(command(*arguments).exception)
 
 
