@@ -33,7 +33,8 @@ def verify(
 
     console = Console(stderr=as_json)
     with console.status("checking") as status:
-        report = compare(folder, None if texts is None else _lines(texts), jax_only=jax_only, progress=lambda what: status.update(f"{what} ..."))
+        report = compare(folder, None if texts is None else _lines(texts), jax_only=jax_only,
+                         progress=lambda what: status.update(f"{what} ..."))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

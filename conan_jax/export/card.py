@@ -51,8 +51,8 @@ def _recipe(stage: config.Stage) -> dict[str, Any]:
         notes.append("queries/passages of " + ", ".join(f"{b.query_length}/{b.passage_length}" for b in stage.buckets) + " tokens")
         notes.append(f"soft mask, {stage.soft_mask.schedule}")
     if isinstance(stage, config.SupervisedStage):
-        notes += [f"{task.name}: {task.kind}, {task.global_batch_size} examples, {task.bucket.query_length}/{task.bucket.passage_length} tokens"
-                  for task in stage.tasks]
+        notes += [f"{t.name}: {t.kind}, {t.global_batch_size} examples, {t.bucket.query_length}/{t.bucket.passage_length} tokens"
+                  for t in stage.tasks]
         notes.append(f"hard negatives {stage.hard_negatives.rule}, {stage.hard_negatives.num_negatives} a query")
     if contrastive := getattr(stage, "contrastive", None):
         notes.append(f"temperature {contrastive.temperature:g}")
@@ -112,7 +112,8 @@ def _tables(source: Source, stages: list[config.Stage]) -> list[dict[str, Any]]:
     found = {row: read_json(source.folder / row / "evaluation.json", {}) for row in rows}
     tables = []
     for name in dict.fromkeys(name for figures in found.values() for name in figures):
-        scored = {row: {m: v for m, v in figures[name].items() if isinstance(v, float)} for row, figures in found.items() if name in figures}
+        scored = {row: {m: v for m, v in figures[name].items() if isinstance(v, float)}
+                  for row, figures in found.items() if name in figures}
         metrics = list(dict.fromkeys(m for values in scored.values() for m in values if "/" not in m))[:MOST_FIGURES]
         if metrics:
             cells = [(row, [f"{values[m]:.4f}" if m in values else "" for m in metrics]) for row, values in scored.items()]

@@ -50,8 +50,9 @@ def _imported(tokenizer: JsonTokenizer, prompts: list[str]) -> dict[str, Any]:
     reader.encode_special_tokens = True
     for prompt in ("", *prompts):
         for text in _TEXTS:
-            if reader.encode(prompt + text).ids != [*(tokenizer.encode(prompt) if prompt else []), *tokenizer.encode(text), tokenizer.eos_id]:
-                raise ConfigError(f"the imported tokenizer changes the beginning of every text, so the prompt {prompt!r} and a text cannot be "
-                                  "joined to one with the ids they were trained with; train without instructions, or use conan_jax.Encoder "
-                                  "on the run")
+            apart = [*(tokenizer.encode(prompt) if prompt else []), *tokenizer.encode(text), tokenizer.eos_id]
+            if reader.encode(prompt + text).ids != apart:
+                raise ConfigError(f"the imported tokenizer changes the beginning of every text, so the prompt {prompt!r} and a text cannot "
+                                  "be joined to one with the ids they were trained with; train without instructions, or use "
+                                  "conan_jax.Encoder on the run")
     return content

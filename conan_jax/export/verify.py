@@ -4,7 +4,8 @@ PyTorch and JAX add the same products in another order, so float32 results diffe
 order of the square of that. `FLOAT32_BAR` leaves three digits to spare, and a wrong name, transpose, mask or prompt is far below it.
 A bfloat16 export is compared in float32 first, which shows that the weights are right; then as users load it, PyTorch computing in
 bfloat16 and JAX in float32. There each product and each sum is rounded to 8 bits, 2^-9 relative on average; over some tens of
-roundings a layer a vector moves by one or two percent of its length, so 1 - cosine = 0.02^2 / 2, and `BFLOAT16_BAR` leaves a factor of five.
+roundings a layer a vector moves by one or two percent of its length, so 1 - cosine = 0.02^2 / 2, and `BFLOAT16_BAR` leaves a factor
+of five.
 """
 
 from __future__ import annotations
@@ -228,7 +229,8 @@ def _compare_layers(params: Any, model: config.Model, theirs: Any, rows: list[li
     checks = []
     for layer in range(model.num_layers + 1):
         ours = [_embeddings(params, ids) if layer == 0 else _states(*_first_layers(params, model, layer), ids, mask) for ids in rows]
-        checks.append(_compare(f"layer {layer}" if layer else "embeddings", np.concatenate(ours), np.concatenate([s[layer] for s in expected])))
+        name = f"layer {layer}" if layer else "embeddings"
+        checks.append(_compare(name, np.concatenate(ours), np.concatenate([states[layer] for states in expected])))
     return checks
 
 

@@ -61,7 +61,8 @@ def test_an_embedder_is_the_folder_of_sentence_transformers(exported):
     assert pooling["pooling_mode_mean_tokens"] is True and pooling["pooling_mode"] == "mean" and pooling["include_prompt"] is False
     assert sum(value is True for key, value in pooling.items() if key.startswith("pooling_mode_")) == 1
     assert read(exported / "sentence_bert_config.json")["max_seq_length"] == 64
-    assert read(exported / "config_sentence_transformers.json")["prompts"] == {"query": PROMPT, "document": "", "pairs": PROMPT, "dev": PROMPT}
+    prompts = read(exported / "config_sentence_transformers.json")["prompts"]
+    assert prompts == {"query": PROMPT, "document": "", "pairs": PROMPT, "dev": PROMPT}
     assert (exported / "model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it, as all other files
 
 
@@ -89,7 +90,8 @@ def test_the_manifest_lists_every_file_and_finds_every_change(exported):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "1_Pooling/config.json"])
-@pytest.mark.parametrize("change, words", [("flip", "is not as it was exported"), ("cut", "bytes and manifest.json says"), ("remove", "is missing")])
+@pytest.mark.parametrize("change, words", [
+    ("flip", "is not as it was exported"), ("cut", "bytes and manifest.json says"), ("remove", "is missing")])
 def test_a_changed_file_is_named(run, tmp_path, name, change, words):
     export(run.output_dir, tmp_path / "e")
     file = tmp_path / "e" / name
@@ -234,7 +236,8 @@ def test_the_card_says_what_the_run_says(run, exported):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "sentence-transformers" and front["pipeline_tag"] == "sentence-similarity"
     assert {"sentence-transformers", "feature-extraction", "llama"} <= set(front["tags"])
-    rows = {cells[0]: cells[1:] for line in card.splitlines() if line.startswith("| ") for cells in [[c.strip() for c in line.strip("|").split("|")]]}
+    tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("| ")]
+    rows = {cells[0]: cells[1:] for cells in tables}
     for row, figures in FIGURES.items():
         expected = [f"{figures['dev'][m]:.4f}" if m in figures["dev"] else "" for m in ("ndcg@10", "recall@10")]
         assert rows[row] == expected or rows[row][:1] == [row]  # the last row of that name is one of the recipe
@@ -267,7 +270,8 @@ def test_a_run_without_figures_has_a_card_without_figures(tmp_path):
     (tmp_path / "run" / "data" / "pairs" / "manifest.json").unlink()
     export(run.output_dir, tmp_path / "e")
     card = (tmp_path / "e" / "README.md").read_text()
-    assert "## Figures" not in card and "| pairs | pair |  | pretrain, weak | some_pairs.jsonl |" in card and "Nothing is known here of its quality" in card
+    assert "## Figures" not in card and "Nothing is known here of its quality" in card
+    assert "| pairs | pair |  | pretrain, weak | some_pairs.jsonl |" in card
 
 
 def test_the_export_of_what_was_trained_further_is_another(run, tmp_path):

@@ -87,7 +87,8 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_is_refused(tmp_path):
 def test_the_card_of_an_average_names_what_was_averaged(tmp_path):
     make_run(tmp_path / "a", steps=(("weak", 6),))
     (tmp_path / "a" / "merge.json").write_text(json.dumps({"sources": [
-        {"folder": "/some/where/runs/one/weak", "step": 4, "weight": 0.25}, {"folder": "/some/where/runs/two/weak", "step": 6, "weight": 0.75}]}))
+        {"folder": "/some/where/runs/one/weak", "step": 4, "weight": 0.25},
+        {"folder": "/some/where/runs/two/weak", "step": 6, "weight": 0.75}]}))
     export(tmp_path / "a", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| average of checkpoints | 0.25 x one/weak, step 4; 0.75 x two/weak, step 6 |" in card and "/some/where" not in card

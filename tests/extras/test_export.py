@@ -42,7 +42,8 @@ LANGUAGES = ("de", "en", "es", "fr", "it", "ja", "nl", "pl", "pt", "ru", "zh")
 def folders(tmp_path_factory):
     """An embedder and a language model of one run, with a multiplier that is folded into the table."""
     place = tmp_path_factory.mktemp("run")
-    run = make_run(place / "run", dataclasses.replace(MODEL, embedding_multiplier=3.0), steps=(("pretrain", 4), ("weak", 6), ("supervised", 3)))
+    model = dataclasses.replace(MODEL, embedding_multiplier=3.0)
+    run = make_run(place / "run", model, steps=(("pretrain", 4), ("weak", 6), ("supervised", 3)))
     export(run.output_dir, place / "embedder")
     export(run.output_dir, place / "lm", stage="pretrain")
     return place / "embedder", place / "lm"
@@ -267,7 +268,8 @@ def test_logits_of_a_language_model(folders):
     assert ids == tokenizer().encode("the file name is a key")
     embedder = Embedder(loaded.model)
     row = np.array([ids], np.int32)
-    expected = embedder.logits(loaded.params, embedder.hidden(loaded.params, row, Layout.from_lengths(np.array([len(ids)]), len(ids)), Causal()))
+    layout = Layout.from_lengths(np.array([len(ids)]), len(ids))
+    expected = embedder.logits(loaded.params, embedder.hidden(loaded.params, row, layout, Causal()))
     with torch.no_grad():
         np.testing.assert_allclose(model(torch.tensor([ids])).logits[0], expected[0], atol=1e-4)
     assert model.generate(torch.tensor([ids]), max_new_tokens=4).shape[1] > len(ids)
