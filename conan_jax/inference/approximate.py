@@ -56,6 +56,7 @@ def _trained(faiss: Any, corpus: Any) -> Any:
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
     # The sample is taken in runs spread over the whole: single rows of a large file would each be a read of their own.
     runs = max(1, min(lists * PER_LIST, len(corpus)) // 1024)
-    index.train(np.concatenate([corpus[start : start + 1024] for start in np.linspace(0, len(corpus) - 1, runs, dtype=np.int64).tolist()]))
+    starts = np.linspace(0, len(corpus) - 1024, runs, dtype=np.int64).tolist()
+    index.train(np.concatenate([corpus[start : start + 1024] for start in starts]))
     index.nprobe = max(8, lists // PROBED)
     return index
