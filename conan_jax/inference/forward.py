@@ -23,10 +23,6 @@ from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import Mask
 from conan_jax.model.transformer import Block, Decoder, l2_normalise, look_up
 
-# Of attention, in tokens: scores of longer rows are made a block at a time, which stays in a CPU's caches. Nine times 16, so that rows are
-# cut evenly: 512 into four of 128, 272 into two of 144.
-CPU_BLOCK = 144
-
 ROWS, WHOLE = PartitionSpec("rows"), PartitionSpec()
 
 
@@ -43,8 +39,8 @@ class Forward:
     def __init__(self, params: Mapping[str, Any], model: config.Model, mask: Mask, devices: Sequence[jax.Device] | None = None) -> None:
         self._params, self.mask = params, mask
         self.devices = list(devices or jax.local_devices())
-        fastest = {"compute_dtype": "float32", "attention_block_size": CPU_BLOCK} if self.devices[0].platform == "cpu" else {}
-        self.model = dataclasses.replace(model, attention="auto", tie_word_embeddings=True, **fastest)
+        dtype = "float32" if self.devices[0].platform == "cpu" else model.compute_dtype
+        self.model = dataclasses.replace(model, compute_dtype=dtype, attention="auto", tie_word_embeddings=True)
         leaves = jax.tree.leaves(params["layers"])
         self.operations_per_token = 2 * sum(leaf.size for leaf in leaves)  # attention aside, which is little in short rows
         self._mesh = Mesh(np.array(self.devices), ("rows",), axis_types=(AxisType.Auto,))

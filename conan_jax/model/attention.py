@@ -6,13 +6,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from conan_jax.errors import ConfigError
 from conan_jax.model.blockwise import blockwise_attention, stack_heads, unstack_heads
 from conan_jax.model.layout import Layout
-from conan_jax.model.softmask import MASKED, Mask, mask_bias, mask_matrix, same_segment
+from conan_jax.model.softmask import MASKED, Bidirectional, Mask, mask_bias, mask_matrix, same_segment
 
+QUERIES = 64  # whose scores a CPU holds at once in rows of more than 128 tokens, where nothing but padding is masked
 KERNEL_BLOCK = 128  # tokens of the smallest block of the TPU kernels
 
 
@@ -77,6 +78,8 @@ def dense_attention(
     q: Float[Array, "B L H C"], k: Float[Array, "B L K C"], v: Float[Array, "B L K C"], mask: Mask, layout: Layout
 ) -> Float[Array, "B L H C"]:
     """The reference: all [B, H, L, L] scores at once."""
+    if layout.alone and isinstance(mask, Bidirectional):
+        return _padded_attention(q, k, v, layout.real)
     B, L, H, C = q.shape
     q, k, v = stack_heads(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkrc,bksc->bkrs", q, k, preferred_element_type=jnp.float32) * C**-0.5
@@ -88,3 +91,25 @@ def dense_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, k.shape[1], -1, L)
     out = unstack_heads(jnp.einsum("bkrs,bksc->bkrc", weights, v), L)
     return jnp.where(layout.real[:, :, None, None], out, 0)
+
+
+def _padded_attention(
+    q: Float[Array, "B L H C"], k: Float[Array, "B L K C"], v: Float[Array, "B L K C"], real: Bool[Array, "B L"]
+) -> Float[Array, "B L H C"]:
+    """Every real token sees every real token of its row.
+
+    Padding is one number a key, where other masks add one a pair; the sum of the weights divides the result, not each weight; and a few
+    queries at a time keep the scores of long rows in a CPU's caches. Unrolled: XLA's CPU backend runs a loop's body on one core.
+    """
+    K, C = k.shape[2], q.shape[-1]
+    k, v, padding = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(real, 0.0, MASKED)[:, None, None]
+
+    def part(q: Float[Array, "B l H C"]) -> Float[Array, "B l H C"]:
+        scores = jnp.einsum("bkrc,bksc->bkrs", stack_heads(q, K), k, preferred_element_type=jnp.float32) * C**-0.5 + padding
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = jnp.einsum("bkrs,bksc->bkrc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return unstack_heads((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), q.shape[1])
+
+    step = QUERIES if platform() == "cpu" and q.shape[1] > 128 else q.shape[1]
+    parts = [part(q[:, start : start + step]) for start in range(0, q.shape[1], step)]
+    return jnp.where(real[:, :, None, None], jnp.concatenate(parts, axis=1), 0)

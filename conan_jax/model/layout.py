@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,13 @@ class Layout:
         segment_ids: 1, 2, ... in order of appearance; 0 marks padding. Tokens attend inside their own segment only.
         positions: 0-based position inside the segment.
         lengths: true length of the token's own segment, in tokens; 0 on padding.
+        alone: known before anything runs: no row holds more than one segment, so what a token may see depends on padding alone.
     """
 
     segment_ids: Int[Array, "B L"]
     positions: Int[Array, "B L"]
     lengths: Int[Array, "B L"]
+    alone: bool = field(default=False, metadata={"static": True})
 
     @property
     def real(self) -> Bool[Array, "B L"]:
@@ -38,7 +40,7 @@ class Layout:
         lengths = jnp.minimum(jnp.asarray(lengths, jnp.int32), L)[:, None]
         index = jnp.arange(L, dtype=jnp.int32)[None]
         real = (index < lengths).astype(jnp.int32)
-        return cls(segment_ids=real, positions=index * real, lengths=lengths * real)
+        return cls(segment_ids=real, positions=index * real, lengths=lengths * real, alone=True)
 
     @classmethod
     def from_segments(cls, segment_ids: Int[Array, "B L"], positions: Int[Array, "B L"]) -> Layout:

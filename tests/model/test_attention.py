@@ -159,3 +159,23 @@ def test_alpha_is_a_schedule_and_gets_no_gradient(implementation, apply):
 def test_lengths_beyond_the_row_are_those_of_the_row():
     long, whole = (Layout.from_lengths(jnp.array([n, 3]), 7) for n in (75, 7))
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(long), jax.tree.leaves(whole), strict=True))
+
+
+@pytest.mark.parametrize("length", [5, 128, 150])
+def test_rows_of_one_text_without_a_mask_are_the_same_with_one(length):
+    """Where only padding is masked the L x L mask is left out; the same rows as packed ones take the general way."""
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    single = Layout.from_lengths(jnp.array([length, 3, 0]), length)
+    packed = Layout.from_segments(single.segment_ids, single.positions)
+    assert single.alone and not packed.alone
+
+    def attended(q, k, v, layout):
+        return attention(q, k, v, Bidirectional(), layout, implementation="dense")
+
+    def total(*arguments):
+        return jnp.sum(jnp.sin(attended(*arguments)))
+
+    np.testing.assert_allclose(attended(q, k, v, single), attended(q, k, v, packed), atol=1e-6)
+    for ours, theirs in zip(*(jax.grad(total, argnums=(0, 1, 2))(q, k, v, layout) for layout in (single, packed)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
