@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -64,12 +64,13 @@ def run() -> None:
     SIGTERM and SIGINT end any command with 42: files are written whole or not at all, so the same command goes on. While a
     stage trains, its loop listens instead and saves first.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, _stop)
     code: int | str | None = 1
     try:
         app()
     except _Stopped:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _say("stopped; start the same command again to go on")
         code = EXIT_RESUMABLE
     except ConanError as error:
@@ -84,12 +85,27 @@ def run() -> None:
     sys.exit(code)
 
 
+_AGAIN_SECONDS = 0.5
+
+
 class _Stopped(BaseException):
     """A signal asked the command to end; no `except Exception` on the way may keep it."""
 
 
-def _stop(number: int, frame: Any) -> NoReturn:
+def _stop(number: int, frame: Any) -> None:
+    """Raise `_Stopped`, and again by SIGALRM until it is on its way: Python drops what is raised inside a garbage collection."""
+    if number == signal.SIGALRM and _is_stopping():
+        return
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     raise _Stopped
+
+
+def _is_stopping() -> bool:
+    """Whether the code that was interrupted runs because of a `_Stopped`: it cleans up, and may finish."""
+    handled = sys.exception()
+    while handled is not None and not isinstance(handled, _Stopped):
+        handled = handled.__context__
+    return handled is not None
 
 
 def _say(message: str) -> None:
