@@ -87,6 +87,9 @@ def to_dict(value: Any) -> Any:
 
 def from_dict(data: dict[str, Any]) -> config.Run:
     """The inverse of `to_dict`; raises `ConfigError` naming the key."""
+    if {"architectures", "model_type"} & data.keys():
+        raise ConfigError("its config.json is that of a Hugging Face model, not of a run; import it first: "
+                          "conan import hf FOLDER --out runs/NAME")
     return build(config.Run, data, "")
 
 

@@ -40,14 +40,14 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, default: Any = None) -> Any:
-    """The JSON object in a file, `default` where there is no file. Raises `DataError` when the file holds anything else."""
+def read_json(path: Path, default: Any = None, advice: str = "remove it and run the command again") -> Any:
+    """The JSON object in a file, `default` where there is no file. Raises `DataError` with `advice` when the file holds anything else."""
     if not path.is_file():
         return default
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); remove it and run the command again") from error
+        raise DataError(f"{path} is not valid JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object; remove it and run the command again")
+        raise DataError(f"{path} must hold a JSON object; {advice}")
     return value

@@ -16,7 +16,7 @@ from conan_jax.files import write_json
 def evaluate(
     model: Path = typer.Argument(..., help="The folder of a run, of one of its stages, or of an export."),
     suite: Path = typer.Option(None, "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
-    mteb: str = typer.Option("", "--mteb", help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax[mteb]."),
+    mteb: str = typer.Option("", "--mteb", help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax\\[mteb]."),
     only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
     out: Path = typer.Option(None, "--out",
                              help="Where results.json goes; by default eval/SUITE in a run, EXPORT.eval/SUITE beside an export."),
@@ -79,11 +79,10 @@ def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, l
 def _mteb(model: Path, tasks: list[str], folder: Path, console: Console) -> dict[str, Any]:
     """Scores of mteb's own tasks, each written to FOLDER/mteb.json when it is done."""
     from conan_jax.eval.mteb_wrapper import MtebEncoder, evaluate_tasks
-    from conan_jax.eval.results import identity_of
     from conan_jax.inference.encoder import Encoder
 
     wrapped = MtebEncoder(Encoder.load(model))
-    results: dict[str, Any] = {"encoder": identity_of(wrapped.model), "tasks": {}}
+    results: dict[str, Any] = {"encoder": wrapped.model.identity, "tasks": {}}
     for task in tasks:
         with console.status(f"scoring {task}"):
             results["tasks"] |= evaluate_tasks(wrapped, [task])

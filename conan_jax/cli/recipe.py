@@ -90,9 +90,11 @@ class Recipe:
         from conan_jax.train.checkpoint import latest_step
 
         previous = self._previous_folder(stage_config)
-        if previous is not None and latest_step(previous) is None and latest_step(self.folder / stage_config.name) is None:
+        if previous is None or self.run.init_from is not None:
+            return
+        if latest_step(previous) is None and latest_step(self.folder / stage_config.name) is None:
             raise ConfigError(f"stage {stage_config.name!r} starts from stage {previous.name!r}, which has no checkpoint in {self.folder}; "
-                              "train that first, or drop it from the recipe's stages to start from scratch")
+                              "train that first, name weights to start from with --init-from, or drop it from the recipe's stages")
 
     def _train_stage(self, stage_config: config.AnyStage, peers: distributed.Peers, fallback: bool) -> None:
         from conan_jax.data.pipeline import Pipeline
@@ -111,7 +113,7 @@ class Recipe:
                 tokenizer_sha256=tokenizer.sha256,
                 folder=folder,
                 previous_folder=self._previous_folder(stage_config),
-                init_from=self._init_from() if stage_config is self.run.stages[0] else None,
+                init_from=self._init_from(),
                 console=self.console,
                 fallback=fallback,
             )

@@ -19,7 +19,7 @@ def verify(
     """Check that an export is whole and that PyTorch computes from it what JAX does.
 
     sha256 of every file, check vectors, token ids, vectors (batched and alone, padded left and right, with prompts, cut to fewer
-    numbers) and every layer. Exit code 1 when a cosine is below 0.9999 in float32. PyTorch comes with pip install 'conan_jax[torch]'.
+    numbers) and every layer. Exit code 1 when a cosine is below 0.9999 in float32. PyTorch comes with pip install 'conan_jax\\[torch]'.
 
     Examples:
 

@@ -38,7 +38,7 @@ class Remembering(_BothSides):
         self._rows: dict[tuple[str, int | None], dict[str, int]] = {}
         self._vectors: dict[tuple[str, int | None], Float32[np.ndarray, "N D"]] = {}
         self._done = self._total = 0
-        self.prompts, self.model, self.identity = encoder.prompts, encoder.model, encoder.identity
+        self.prompts, self.model = encoder.prompts, encoder.model
 
     def encode(
         self, inputs: Sequence[str], prompt_name: str | None = None, prompt: str | None = None, *, max_length: int | None = None
@@ -70,7 +70,7 @@ class Truncated(_BothSides):
 
     def __init__(self, encoder: Remembering, dimension: int) -> None:
         self._encoder, self.dimension = encoder, dimension
-        self.prompts, self.model, self.identity = encoder.prompts, encoder.model, encoder.identity
+        self.prompts, self.model = encoder.prompts, encoder.model
 
     def encode(
         self, inputs: Sequence[str], prompt_name: str | None = None, prompt: str | None = None, *, max_length: int | None = None

@@ -13,12 +13,12 @@ from conan_jax import config, config_io
 from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.files import read_json
 from conan_jax.hf.importer import Origin, read_origin
-from conan_jax.inference.load import load
-from conan_jax.model import Causal, Embedder
+from conan_jax.inference.load import load, settled
+from conan_jax.model import Causal, Embedder, SoftMask
 from conan_jax.model.pooling import POOLINGS
 from conan_jax.stages import make_stage
 from conan_jax.stages.imported import KIND as IMPORTED
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 
 
 @dataclass(frozen=True)
@@ -58,41 +58,36 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
     folder = Path(folder)
     if (folder / "conan.json").is_file():
         raise ConfigError(f"{folder} is an export already; name the folder of the run that it was made from")
-    place = _stage_folder(folder, stage)
-    newest = load(place)
-    if checkpoint.latest_step(place) is None:  # a run, of which the last stage was taken
-        place = place / newest.identity["stage"]
-    metadata = checkpoint.read_metadata(place, step)
+    place, found = start_rule.locate(_place(folder, stage, step))
+    loaded = load(f"{place}@{found}")
+    metadata = checkpoint.read_metadata(place, found)
     run = config_io.from_dict(metadata["config"])
     stage_config, step = run.stage(metadata["stage"]), metadata["step"]
-    mask = make_stage(stage_config, Embedder(run.model)).mask(step)
+    mask = settled(make_stage(stage_config, Embedder(run.model)).mask(step))
     origin = read_origin(place.parent) if stage_config.kind == IMPORTED else None
     causal = isinstance(mask, Causal) and (origin is None or origin.causal_form)
-    if not isinstance(mask, Causal):
+    if isinstance(mask, SoftMask):
         _refuse_unfinished_mask(mask, stage_config, step)
     if not causal:
         _refuse_pooling(run.model)
-    params = newest.params if step == newest.identity["step"] else checkpoint.restore_params(place, step)
-    return Source(place.parent, run, stage_config, step, params, newest.tokenizer, newest.prompts,
+    return Source(place.parent, run, stage_config, step, loaded.params, loaded.tokenizer, loaded.prompts,
                   "causal" if isinstance(mask, Causal) else "bidirectional", causal, origin)
 
 
-def _stage_folder(folder: Path, stage: str | None) -> Path:
-    if stage is None:
-        return folder
-    if (folder / stage).is_dir() and checkpoint.latest_step(folder / stage) is not None:
-        return folder / stage
-    known = read_json(folder / "config.json")
-    if known is None:
-        raise CheckpointError(f"{folder} is no run: it has no config.json; name the folder that `conan train` wrote")
-    config_io.from_dict(known).stage(stage)  # names the stages there are
-    raise CheckpointError(f"stage {stage!r} of {folder} has no complete checkpoint; train it first, or leave --stage out")
+def _place(folder: Path, stage: str | None, step: int | None) -> str:
+    """What `start_rule.locate` finds them by."""
+    if stage is not None and checkpoint.latest_step(folder / stage) is None:
+        known = read_json(folder / "config.json")
+        if known is None:
+            raise CheckpointError(f"{folder} is no run: it has no config.json; name the folder that `conan train` wrote")
+        config_io.from_dict(known).stage(stage)  # names the stages there are
+        raise CheckpointError(f"stage {stage!r} of {folder} has no complete checkpoint; train it first, or leave --stage out")
+    place = folder if stage is None else folder / stage
+    return str(place) if step is None else f"{start_rule.locate(place)[0]}@{step}"
 
 
-def _refuse_unfinished_mask(mask: Any, stage: config.Stage, step: int) -> None:
-    lowest = float(mask.weights(jnp.arange(2), jnp.array([2, 2])).min())  # M is smallest at the last token, whatever the length
-    if lowest >= 1:
-        return
+def _refuse_unfinished_mask(mask: SoftMask, stage: config.Stage, step: int) -> None:
+    lowest = float(mask.weights(jnp.arange(2), jnp.array([2, 2])).min())
     raise ConfigError(
         f"at step {step} of {stage.steps} the stage {stage.name!r} attends through a mask between causal and bidirectional (it gives "
         f"the last token a weight of {lowest:.3g}), which no stock architecture has. Finish the stage (`conan train` goes on where it "

@@ -23,7 +23,7 @@ from conan_jax.data.tokenizer import MODEL_FILE, AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json, write_json
 from conan_jax.hf.architectures import ARCHITECTURES, from_hf_config, is_causal, to_hf_config
-from conan_jax.hf.weights import DTYPES, from_tensors, is_causal_form, read_tensors
+from conan_jax.hf.weights import DAMAGED, DTYPES, from_tensors, is_causal_form, read_tensors
 from conan_jax.stages.imported import KIND
 from conan_jax.train import checkpoint
 
@@ -158,7 +158,7 @@ def write_run(
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; a model is imported from a folder on this machine, not by its name on a hub")
-    described = read_json(folder / "config.json")
+    described = read_json(folder / "config.json", advice=DAMAGED)
     if described is None:
         raise CheckpointError(f"{folder} has no config.json, so nothing says what its weights are")
     if described.get("auto_map"):
@@ -169,7 +169,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _pooling(folder: Path) -> tuple[str, list[str]]:
     """How a sentence-transformers folder pools; "mean" where nothing says it."""
-    said = read_json(folder / "1_Pooling" / "config.json")
+    said = read_json(folder / "1_Pooling" / "config.json", advice=DAMAGED)
     if said is None:
         return "mean", []
     mode = said.get("pooling_mode")

@@ -25,6 +25,7 @@ from conan_jax.model import Embedder
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DAMAGED = "copy the folder anew"
 LARGEST_FILE = 5_000_000_000  # bytes; more goes into shards
 
 _BLOCK = {
@@ -258,7 +259,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 def _indexed(index: Path) -> dict[str, set[str]]:
     """File -> the tensors that an index places in it."""
-    weight_map = read_json(index, {}).get("weight_map")
+    weight_map = read_json(index, {}, DAMAGED).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise DataError(f"{index} has no weight_map from tensors to files; copy it anew")
     files: dict[str, set[str]] = {}

@@ -50,7 +50,7 @@ def train_stage(
 
     Args:
         pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
-        init_from: where the weights of a first stage come from, as `start_rule.locate` takes it.
+        init_from: where the weights come from when no stage before this one has any, as `start_rule.locate` takes it.
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
         fallback: a damaged checkpoint is set aside for the newest good one before it, instead of refused.

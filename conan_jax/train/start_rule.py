@@ -46,7 +46,7 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
                init_from: str | None = None) -> Start:
     """The start rule: resume own run -> previous stage's weights -> those of `init_from` -> scratch. All processes call it together.
 
-    `init_from` is for a first stage, as `locate` takes it. A damaged step is refused; with `fallback` it is set aside as
+    `init_from`, as `locate` takes it, is for a stage that has none before it, or is trained alone. A damaged step is refused; with `fallback` it is set aside as
     `STEP.damaged` and the newest good one before it is used.
     Raises `CheckpointError` when there is no good one, when it belongs to another tokenizer or model, or when the previous
     stage stopped half-way.
@@ -123,6 +123,9 @@ def locate(place: str | Path) -> tuple[Path, int]:
         if not trained:
             raise CheckpointError(f"no stage of {folder} has a complete checkpoint; train it first, or name another folder")
         folder = trained[-1]
+    if checkpoint.latest_step(folder) is None:
+        raise CheckpointError(f"there is no trained model in {folder}, no complete checkpoint: train one with `conan demo` or "
+                              "`conan train`, or name its folder")
     return folder, step_folders.existing(folder, step)
 
 

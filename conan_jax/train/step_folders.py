@@ -35,7 +35,9 @@ def existing(folder: Path, step: int | None) -> int:
     """`step`, by default the newest. Raises `CheckpointError` when there is no such complete step."""
     found = newest(folder) if step is None else step
     if found is None or not manifest.is_written(step_folder(folder, found)):
-        raise CheckpointError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}; train the stage first")
+        there = ", ".join(map(str, complete_steps(folder)))
+        raise CheckpointError(f"{folder} holds no complete checkpoint{'' if step is None else f' of step {step}'}; "
+                              + (f"it has {there} (`keep_checkpoints` of the stage says how many stay)" if there else "train the stage first"))
     return found
 
 

@@ -1,5 +1,6 @@
 """What a person does to a run folder: one stage alone, anew, stopped from outside. On a recipe of two small stages."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from conan_jax import config_io
+from conan_jax import Encoder, config_io
 from conan_jax.cli import main
 from conan_jax.cli.recipe import Recipe
 from conan_jax.errors import ConfigError
@@ -104,3 +105,17 @@ def test_devices_and_batches_that_do_not_fit_are_known_before_the_data_is_prepar
     with pytest.raises(ConfigError, match=r"first\.global_batch_size: 4 rows .* 3 processes.*=6"):
         run._begin(list(run.run.stages), fresh=False, processes=3)
     assert not (recipe.parent / "run" / "data").exists()
+
+
+def test_a_stage_alone_may_start_from_named_weights(recipe):
+    run = config_io.load_run(str(recipe))
+    with pytest.raises(ConfigError, match="--init-from"):
+        Recipe(run, Console(quiet=True))._refuse_missing_start(run.stages[1])
+    Recipe(dataclasses.replace(run, init_from="runs/base"), Console(quiet=True))._refuse_missing_start(run.stages[1])
+
+
+def test_a_hugging_face_folder_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
+    for load in (Encoder.load, lambda folder: config_io.start_from(None, str(folder))):
+        with pytest.raises(ConfigError, match="conan import hf"):
+            load(tmp_path)

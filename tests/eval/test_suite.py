@@ -29,7 +29,7 @@ class Words(WordEncoder):
 
     def __init__(self, weight=1.0):
         super().__init__(WORDS, "words")
-        self.params = {"w": np.full(3, weight, np.float32)}
+        self.identity = {**self.identity, "weights_sha256": f"{weight:064.0f}"}
         self.prompts = {"query": "Q: ", "document": "", "colours": "Colour: "}
 
 
