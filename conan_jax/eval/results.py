@@ -16,9 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from conan_jax import config
 from conan_jax.eval import MAIN_FIGURES, evaluate
 from conan_jax.eval.diagnostics import diagnose
@@ -44,7 +41,7 @@ def run_suite(
     unless `fresh`. `dimensions` are those it is looked at beside its width. `begin(set)` gives the
     progress of its encoding; `finished(name, result, computed)` follows each.
     """
-    identity = identity_of(encoder)
+    identity = encoder.identity
     before = {} if fresh else read_json(out / RESULTS, {})
     known = before.get("sets", {}) if before.get("encoder") == identity else {}
     pictures = read_json(out / DIAGNOSTICS, {}) if known else {}
@@ -70,15 +67,6 @@ def run_suite(
         finished(evaluation.name, results["sets"][evaluation.name], new)
     write_json(out / RESULTS, results)
     return results
-
-
-def identity_of(encoder: Any) -> dict[str, Any]:
-    """Who was scored: where the weights come from, and a sha256 over them, which tells two runs of one name apart."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(encoder.params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf))
-    return {**encoder.identity, "weights_sha256": digest.hexdigest()}
 
 
 def data_sha256(evaluation: config.Evaluation) -> str:

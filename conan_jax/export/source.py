@@ -42,7 +42,7 @@ class Source:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As `Encoder.identity`: an index made with the run can be asked with the export."""
+        """Where the weights come from; `Encoder.identity` adds the sha256 of what was written."""
         return {"tokenizer_sha256": self.tokenizer.sha256, "run": self.run.name, "stage": self.stage.name, "step": self.step}
 
 

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
+from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
 from conan_jax.inference.precision import Precision, check_precision, quantize
 from conan_jax.inference.prompts import DOCUMENT, QUERY
@@ -44,8 +46,7 @@ class Encoder:
         model: its configuration.
         tokenizer: the one it was trained with.
         mask: how tokens attend to each other; bidirectional unless the last stage trained says otherwise.
-        identity: where the weights come from (run, stage, step, tokenizer sha256); kept beside an index so that a
-            query is never encoded by another model than the documents were.
+        identity: where the weights come from (run, stage, step).
         prompts: what stands before a text, by name: full strings. `encode_query` uses "query", `encode_document` "document".
         devices: where to encode; default: all devices of this process.
     """
@@ -57,7 +58,7 @@ class Encoder:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
-        self.identity = {"tokenizer_sha256": tokenizer.sha256, **(identity or {})}
+        self._names = dict(identity or {})
         self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
         self._forward = Forward(params, model, mask, devices)
 
@@ -74,6 +75,15 @@ class Encoder:
     def untrained(cls, run: config.Run, tokenizer: AnyTokenizer) -> Encoder:
         """The model of `run` before its first step, with its first stage's mask at step 0: what training is measured against."""
         return cls(*untrained(run, tokenizer))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Where the weights come from, and sha256 of the tokenizer and of the weights (`inference.identity`).
+
+        Kept beside an index, so that a query is never encoded by another model than the documents were. The weights are read at the
+        first call: a few seconds a gigabyte.
+        """
+        return {"tokenizer_sha256": self.tokenizer.sha256, **self._names, "weights_sha256": weights_sha256(self.params, self.model)}
 
     @property
     def dimension(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
@@ -15,11 +15,11 @@ from conan_jax.data.manifest import sha256_of
 from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, DataError
 from conan_jax.files import read_json
-from conan_jax.hf.weights import from_tensors, read_tensors
+from conan_jax.hf.weights import DAMAGED, from_tensors, read_tensors
 from conan_jax.inference.prompts import prompts_of
 from conan_jax.model import Bidirectional, Causal, Embedder, Mask
 from conan_jax.stages import make_stage
-from conan_jax.train import checkpoint
+from conan_jax.train import checkpoint, start_rule
 
 EXPORT_FILE, EXPORT_FORMAT = "conan.json", 1
 
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
 
 def load(folder: str | os.PathLike[str]) -> Loaded:
-    """Read an export of `conan export`, or the newest weights of a stage folder or of the last trained stage of a run folder.
+    """Read an export of `conan export`, or weights: `RUN`, `RUN/STAGE` or `RUN/STAGE@STEP`, by default the last stage's newest.
 
     Raises:
         CheckpointError: there is no complete checkpoint, no tokenizer with the recorded sha256, or a file of an export is not as
@@ -44,7 +44,7 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
         DataError: the description of an export cannot be read.
     """
     folder = Path(folder)
-    return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(_stage_folder(folder))
+    return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(*start_rule.locate(folder))
 
 
 def untrained(run: config.Run, tokenizer: AnyTokenizer) -> Loaded:
@@ -55,18 +55,24 @@ def untrained(run: config.Run, tokenizer: AnyTokenizer) -> Loaded:
     return Loaded(params, run.model, tokenizer, make_stage(run.stages[0], embedder).mask(0), identity, prompts_of(run))
 
 
-def _load_stage(folder: Path) -> Loaded:
-    metadata = checkpoint.read_metadata(folder)
+def _load_stage(folder: Path, step: int) -> Loaded:
+    metadata = checkpoint.read_metadata(folder, step)
     run = config_io.from_dict(metadata["config"])
     stage = run.stage(metadata["stage"])
-    mask = make_stage(stage, Embedder(run.model)).mask(stage.steps)
+    mask = settled(make_stage(stage, Embedder(run.model)).mask(stage.steps))
     tokenizer = find_tokenizer(run, folder, metadata["tokenizer_sha256"])
     identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
-    return Loaded(checkpoint.restore_params(folder, metadata["step"]), run.model, tokenizer, mask, identity, prompts_of(run))
+    return Loaded(checkpoint.restore_params(folder, step), run.model, tokenizer, mask, identity, prompts_of(run))
+
+
+def settled(mask: Mask) -> Mask:
+    """A soft mask that hides nothing any more as what it has become, `Bidirectional`, which takes less time."""
+    lowest = float(mask.weights(jnp.arange(2), jnp.array([2, 2])).min())  # M is smallest at the last token, whatever the length
+    return Bidirectional() if lowest >= 1 else mask
 
 
 def _load_export(folder: Path) -> Loaded:
-    described = read_json(folder / EXPORT_FILE)
+    described = read_json(folder / EXPORT_FILE, advice=DAMAGED)
     if described.get("format") != EXPORT_FORMAT:
         raise CheckpointError(f"{folder / EXPORT_FILE} has format {described.get('format')!r}; this version reads {EXPORT_FORMAT}")
     _refuse_altered(folder)
@@ -81,29 +87,11 @@ def _load_export(folder: Path) -> Loaded:
 
 def _refuse_altered(folder: Path) -> None:
     """The files that are read must be those that were written."""
-    recorded = read_json(folder / "manifest.json", {}).get("files", {})
+    recorded = read_json(folder / "manifest.json", {}, DAMAGED).get("files", {})
     for name, facts in recorded.items():
         if name.endswith(".safetensors") or name in (EXPORT_FILE, "tokenizer.model", "tokenizer.json"):
             if not (folder / name).is_file() or sha256_of(folder / name) != facts.get("sha256"):
                 raise CheckpointError(f"{folder / name} is missing or not as it was written; copy the folder anew, or export the run again")
-
-
-def _stage_folder(folder: Path) -> Path:
-    """`folder` itself when it holds checkpoints; of a run folder, that of its last stage which has a complete one."""
-    if checkpoint.latest_step(folder) is not None:
-        return folder
-    settings = folder / "config.json"
-    if not settings.is_file():
-        raise CheckpointError(f"there is no trained model in {folder}; train one with `conan demo` or `conan train`, or name its folder")
-    try:
-        run = config_io.from_dict(json.loads(settings.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{settings} is not valid JSON ({error})") from error
-    names = [stage.name for stage in run.stages]
-    trained = [folder / name for name in names if checkpoint.latest_step(folder / name) is not None]
-    if not trained:
-        raise CheckpointError(f"no stage of {folder} has a complete checkpoint yet; start the same command again to go on training")
-    return trained[-1]
 
 
 def find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> AnyTokenizer:

@@ -14,6 +14,7 @@ from jaxtyping import Float32
 from conan_jax.errors import DataError
 from conan_jax.files import read_json
 from conan_jax.inference.corpus import FORMAT, Settings, encode_corpus, ids_file, meta_file
+from conan_jax.inference.identity import described
 from conan_jax.inference.precision import DTYPES, dequantize, width
 from conan_jax.inference.source import TextSource
 from conan_jax.inference.top_k import top_k
@@ -71,7 +72,7 @@ class Corpus:
     def check_encoder(self, encoder: Any) -> None:
         """Raise `DataError` unless `encoder` has the weights that made these vectors."""
         if self.meta["encoder"] != encoder.identity:
-            raise DataError(f"{self.files[0]} was made by {_name(self.meta['encoder'])}, not by {_name(encoder.identity)}; "
+            raise DataError(f"{self.files[0]} was made by {described(self.meta['encoder'])}, not by {described(encoder.identity)}; "
                             "name that model with --model, or encode the corpus again")
 
 
@@ -208,8 +209,3 @@ def _records(documents: TextSource, rows: set[int], corpus: Corpus) -> dict[int,
         if not wanted:
             break
     return found
-
-
-def _name(identity: dict[str, Any]) -> str:
-    where = " ".join(str(identity[key]) for key in ("run", "stage") if key in identity) or "a model"
-    return f"{where} step {identity.get('step', '?')} (tokenizer {str(identity.get('tokenizer_sha256', '?'))[:12]})"

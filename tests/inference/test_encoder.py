@@ -18,6 +18,7 @@ from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.inference import encoder as encoder_module
 from conan_jax.inference import tokens
 from conan_jax.inference.encoder import Encoder
+from conan_jax.inference.identity import weights_sha256
 from conan_jax.model import Bidirectional, Causal, Embedder, SoftMask
 from conan_jax.train import checkpoint
 from conan_jax.train.state import TrainState
@@ -314,7 +315,8 @@ def trained(tmp_path, tokenizer):
 
 def test_a_stage_comes_back_with_its_weights_mask_and_identity(trained, tokenizer, tmp_path):
     first = Encoder.load(run_folder(trained) / "pretrain")
-    assert first.mask == Causal() and first.identity == {"tokenizer_sha256": tokenizer.sha256, "run": "r", "stage": "pretrain", "step": 2}
+    names = {"tokenizer_sha256": tokenizer.sha256, "run": "r", "stage": "pretrain", "step": 2}
+    assert first.mask == Causal() and first.identity == names | {"weights_sha256": weights_sha256(params_of(Embedder(MODEL)), MODEL)}
     causal = Encoder(params_of(Embedder(MODEL)), MODEL, tokenizer, Causal())
     np.testing.assert_allclose(first.encode("read file"), alone(causal, "read file"), atol=1e-5)
 

@@ -54,6 +54,25 @@ def test_another_model_is_refused(index):
         ask(index, WordEncoder(WORDS, name="other"), "read", 1)
 
 
+class Retrained(WordEncoder):
+    """The same names, and weights of its own."""
+
+    def __init__(self, weights):
+        super().__init__(WORDS)
+        self.identity = {**self.identity, "weights_sha256": weights * 64}
+
+
+def test_other_weights_of_the_same_names_are_refused_and_an_index_that_does_not_name_its_weights(index, tmp_path):
+    made = build_index(Retrained("a"), tmp_path / "docs.jsonl", tmp_path / "made")
+    assert ask(made, Retrained("a"), "read", 1)[0]["id"] == "io.read"
+    with pytest.raises(DataError, match="weights aaaaaaaaaaaa.*, not by words s step 1 .*weights bbbbbbbbbbbb.*encode the corpus again"):
+        ask(made, Retrained("b"), "read", 1)
+    with pytest.raises(DataError, match="weights unknown.*, not by .*encode the corpus again"):
+        ask(index, Retrained("a"), "read", 1)
+    build_index(Retrained("b"), tmp_path / "docs.jsonl", made)  # as the demo does after it was trained again
+    assert ask(made, Retrained("b"), "read", 1)[0]["id"] == "io.read"
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "vectors.npy").unlink(), "make it with `conan encode`"),
     (lambda f: (f / "vectors.npy.json").unlink(), "make it with `conan encode`"),
