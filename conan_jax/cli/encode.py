@@ -22,7 +22,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
  conan encode docs.jsonl docs.npy --model runs/small --precision ubinary --json
 
-A run that is stopped goes on with the same command, and writes the same bytes.
+A run that is stopped goes on with the same command, and writes the same bytes. An OUT that is there is never replaced without --force.
 Search what was made with [bold]conan search --corpus[/bold].
 """
 
@@ -39,17 +39,20 @@ def encode(
         "--prompt-name", help="Which of the model's prompts stands before each text.  [dim]default: document[/dim]")] = None,
     prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before each text.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Most texts a device encodes at once.")] = 256,
-    precision: Annotated[str, typer.Option("--precision", help="float32, int8, uint8, binary or ubinary.")] = "float32",
+    precision: Annotated[str, typer.Option("--precision", help="float32, int8, uint8, binary or ubinary. int8 and uint8 take each dimension's range from the texts of this "
+                          "call unless --ranges is given; shards need --ranges, the same for all.")] = "float32",
     ranges: Annotated[Optional[Path], typer.Option(
         "--ranges", metavar="SAMPLE.npy", help="float32 vectors whose lowest and highest values int8 and uint8 use.")] = None,
-    truncate_dim: Annotated[Optional[int], typer.Option("--truncate-dim", help="Keep the first dimensions, at length 1.")] = None,
+    truncate_dim: Annotated[Optional[int], typer.Option("--truncate-dim", help="Keep so many of the first dimensions, at length 1.")] = None,
     max_length: Annotated[Optional[int], typer.Option("--max-length", help="Tokens a text is cut to.  [dim]default: 512[/dim]")] = None,
     shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help="Encode piece I of N, 1 <= I <= N.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an OUT that is there, or was begun with other settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the description of the result as JSON.")] = False,
 ) -> None:
     """Encode a corpus in bounded memory, on all local devices."""
-    from conan_jax.inference.corpus import Settings, encode_corpus
+    from conan_jax.inference.corpus import Settings, check_settings, encode_corpus
     from conan_jax.inference.encoder import Encoder
+    from conan_jax.inference.precision import kept_dimensions
     from conan_jax.inference.source import TextSource
 
     texts = TextSource(source, text_field, id_field)
@@ -57,8 +60,10 @@ def encode(
     encoder = Encoder.load(model)
     settings = Settings(prompt=encoder.prompt(prompt_name or "document", prompt), batch_size=batch_size,
                         precision=precision, truncate_dim=truncate_dim, max_length=max_length, shard=piece)
+    sample = None if ranges is None else _ranges(ranges, kept_dimensions(truncate_dim, encoder.dimension), truncate_dim)
+    check_settings(encoder, out, settings, sample)
     with _Bar(f"encoding {out.name}") as bar:
-        meta = encode_corpus(encoder, texts, out, settings, ranges=None if ranges is None else _ranges(ranges), advance=bar, say=bar.say)
+        meta = encode_corpus(encoder, texts, out, settings, ranges=sample, force=force, advance=bar, say=bar.say)
     if as_json:
         typer.echo(json.dumps(meta, ensure_ascii=False))
     else:
@@ -74,7 +79,7 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _ranges(file: Path) -> Any:
+def _ranges(file: Path, dimension: int, truncate_dim: int | None) -> Any:
     import numpy as np
 
     from conan_jax.inference.precision import ranges_of
@@ -85,6 +90,9 @@ def _ranges(file: Path) -> Any:
         raise DataError(f"{file} cannot be read as .npy: {error}") from error
     if sample.ndim != 2 or not np.issubdtype(sample.dtype, np.floating):
         raise DataError(f"{file} holds {sample.dtype}{list(sample.shape)}; --ranges takes float vectors, as `conan encode` writes them")
+    if sample.shape[1] != dimension:
+        how = "without --truncate-dim, by the model of this run" if truncate_dim is None else f"with --truncate-dim {truncate_dim}"
+        raise ConfigError(f"{file} holds vectors of {sample.shape[1]} numbers, this run writes {dimension}: encode the sample {how}")
     return ranges_of(sample)
 
 
@@ -109,7 +117,7 @@ class _Bar:
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        self._progress.console.print(f"conan: {line}", highlight=False)
+        self._progress.console.print(f"conan: {line}", highlight=False, soft_wrap=True)
 
     def __call__(self, done: int, total: int) -> None:
         if self._first is None:

@@ -28,10 +28,12 @@ from jaxtyping import Num
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.files import read_json, replacing, write_json
 from conan_jax.folder_lock import FolderLock
-from conan_jax.inference.precision import DTYPES, Precision, check_precision, quantize, width
+from conan_jax.inference.identity import described
+from conan_jax.inference.precision import DTYPES, Precision, check_precision, kept_dimensions, quantize, width
 from conan_jax.inference.source import TextSource
 
 FORMAT = 1
+STATE = "state.json"
 CHUNK = 2048
 SUFFIXES = (".npy", ".parquet")
 BLOCK = 16_384  # rows copied at a time
@@ -75,40 +77,45 @@ def ids_file(out: Path) -> Path:
 
 def encode_corpus(
     encoder: Any, source: TextSource, out: str | os.PathLike[str], settings: Settings = Settings(), *,
-    ranges: np.ndarray | None = None, advance: Advance | None = None, say: Callable[[str], None] | None = None,
+    ranges: np.ndarray | None = None, force: bool = False, advance: Advance | None = None, say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Encode `source` to `out` (.npy or .parquet), or go on where an earlier call with the same arguments stopped; returns its description.
 
     All records are read once before the first is encoded: a bad one is found before hours of work, not after. Nothing holds more
     than a chunk of texts and vectors. int8 and uint8 without `ranges` take those of all vectors, kept in float32 until they are known.
+    An `out` that is there already gives way to nothing but `force`; one that these very arguments made is complete and left alone.
 
     Args:
         encoder: an `Encoder`.
         ranges: Float32[2, W], lowest and highest value of each dimension, for int8 and uint8; needed for a shard, which cannot know
             the others'.
+        force: replace an `out` that is there, or what was begun with other arguments.
         advance: called with rows done and rows in all.
         say: told in a line what is found of an earlier call.
 
     Raises:
-        ConfigError: an unknown suffix, ranges that are missing or misplaced, or `out` cannot be written.
+        ConfigError: an unknown suffix, a width or ranges that do not fit, something else stands at `out` or was begun there, or it
+            cannot be written.
         DataError: a record cannot be encoded, naming file and line, or the source holds nothing.
         FolderInUseError: another process writes the same `out`.
     """
-    out = Path(out)
-    if out.suffix not in SUFFIXES:
-        raise ConfigError(f"{out} must end in {' or '.join(SUFFIXES)}")
-    quantised = settings.precision.endswith("int8")
-    if quantised and ranges is None and settings.shard[1] > 1:
-        raise ConfigError(f"{settings.precision} in shards needs ranges that all of them share: encode a sample in float32 and give it as "
-                          "--ranges SAMPLE.npy")
-    if ranges is not None and not quantised:
-        raise ConfigError(f"ranges are for int8 and uint8, not for {settings.precision}")
-    job = _job(encoder, source, settings, ranges)
+    out, say, advance = Path(out), say or (lambda line: None), advance or (lambda done, total: None)
+    check_settings(encoder, out, settings, ranges)
     folder = out.with_name(f".{out.name}.partial")
+    begun = read_json(folder / STATE, {}).get("job")
+    there = _description(out) if out.exists() and not force else None
+    if out.exists() and not force and there is None and begun is None:
+        raise ConfigError(f"{out} is there already, and not as `conan encode` left it; name another file, or replace it with --force")
+    job = _job(encoder, source, settings, ranges)
+    if there is not None and not (differences := _differences(there, job)):
+        say(f"{out} is complete already; --force makes it again")
+        advance(there["count"], there["count"])
+        return there
+    if there is not None and begun != job:
+        raise ConfigError(f"{out} is there already, made another way ({differences}); replace it with --force, or name another file")
     with FolderLock(folder, "`conan encode`"):
         try:
-            meta = _encode(encoder, source, out, folder, job, settings, ranges, advance or (lambda done, total: None),
-                           say or (lambda line: None))
+            meta = _encode(encoder, source, out, folder, job, settings, ranges, force, advance, say)
         except OSError as error:
             raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room, then start the same "
                             "command again") from error
@@ -116,39 +123,104 @@ def encode_corpus(
     return meta
 
 
+def check_settings(encoder: Any, out: Path, settings: Settings, ranges: np.ndarray | None) -> None:
+    """Raise `ConfigError` for what can be known to be wrong before a text is read."""
+    if out.suffix not in SUFFIXES:
+        raise ConfigError(f"{out} must end in {' or '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; name another file")
+    dimension = kept_dimensions(settings.truncate_dim, encoder.dimension)
+    encoder.row_length(settings.max_length)
+    quantised = settings.precision.endswith("int8")
+    if quantised and ranges is None and settings.shard[1] > 1:
+        raise ConfigError(f"{settings.precision} in shards needs ranges that all of them share: encode a sample in float32 and give it as "
+                          "--ranges SAMPLE.npy")
+    if ranges is not None and not quantised:
+        raise ConfigError(f"ranges are for int8 and uint8, not for {settings.precision}")
+    if ranges is not None and np.shape(ranges) != (2, dimension):
+        raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {np.shape(ranges)}")
+
+
+def _description(out: Path) -> dict[str, Any] | None:
+    """Of an `out` that an earlier call finished; None when no such call made it, or it was changed since."""
+    try:
+        meta = read_json(meta_file(out), {})
+        rows, columns = meta["count"], width(meta["dimension"], meta["precision"])
+        whole = _Vectors(out, rows, columns, DTYPES[meta["precision"]]).holds(rows) if out.suffix == ".npy" else _parquet_rows(out) == rows
+    except (DataError, KeyError, TypeError):
+        return None
+    return meta if whole else None
+
+
+def _parquet_rows(out: Path) -> int | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(out).num_rows
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def _differences(before: dict[str, Any], job: dict[str, Any]) -> str:
+    """In what an earlier call differs from this one, in words; nothing when it does not."""
+    said = []
+    for key, now in job.items():
+        then = before.get(key)
+        if then == now or key == "ranges" and job["own_ranges"] and before.get("own_ranges"):
+            continue
+        if key == "encoder":
+            said.append(f"by {described(then or {})}, now by {described(now)}")
+        elif key in ("source", "source_count"):
+            said.append("of other texts")
+        elif key in ("ranges", "own_ranges"):
+            said.append("other ranges")
+        else:
+            said.append(f"{key} {then!r}, now {now!r}"[:160])
+    return ", ".join(dict.fromkeys(said))
+
+
 def _job(encoder: Any, source: TextSource, settings: Settings, ranges: np.ndarray | None) -> dict[str, Any]:
     """Everything the vectors follow from, and `count`, the rows of the whole source."""
-    dimension = settings.truncate_dim or encoder.dimension
+    dimension = kept_dimensions(settings.truncate_dim, encoder.dimension)
     count = sum(1 for _ in source)
     if not count:
         raise DataError(f"{source.source} holds no texts")
     given = asdict(settings) | {"shard": list(settings.shard), "max_length": encoder.row_length(settings.max_length)}
     return {"format": FORMAT, "encoder": encoder.identity, **given, "dimension": dimension,
+            "own_ranges": settings.precision.endswith("int8") and ranges is None,  # those of all vectors
             "ranges": None if ranges is None else np.asarray(ranges, np.float32).tolist(),
             "field": source.text_field, "id_field": source.id_field, "source": source.identity(), "source_count": count}
 
 
 def _encode(
     encoder: Any, source: TextSource, out: Path, folder: Path, job: dict[str, Any], settings: Settings, ranges: np.ndarray | None,
-    advance: Advance, say: Callable[[str], None],
+    force: bool, advance: Advance, say: Callable[[str], None],
 ) -> dict[str, Any]:
     rows = shard_rows(job["source_count"], settings.shard)
-    late = settings.precision.endswith("int8") and ranges is None  # the ranges are known when all vectors are
+    late = job["own_ranges"]  # they are known when all vectors are
     stored: Precision = "float32" if late else settings.precision
     vectors = _Vectors(folder / "vectors.npy", len(rows), width(job["dimension"], stored), DTYPES[stored])
-    state = read_json(folder / "state.json", {})
-    done = state.get("done", 0) if state.get("job") == job and vectors.holds(state.get("done", 0)) else 0
-    if done:
-        say(f"going on after {done:,} of {len(rows):,} rows")
-    elif state:
+    state = read_json(folder / STATE, {})
+    begun, done = state.get("job"), state.get("done", 0)
+    if begun is not None and begun != job:
+        if not force:
+            raise ConfigError(f"{done:,} rows of {out} were begun another way ({_differences(begun, job)}); finish them as they were begun, "
+                              "name another file, or drop them with --force")
         say("what an earlier run left was made another way; starting anew")
+        done = 0
+    elif begun is not None and not vectors.holds(done):
+        say("what an earlier run left is damaged; starting anew")
+        done = 0
+    elif done:
+        say(f"going on after {done:,} of {len(rows):,} rows")
     if not done:
         vectors.create()
     advance(done, len(rows))
     for part in _encoded(encoder, source, rows[done:], settings):
         vectors.write(done, quantize(part, stored, ranges))
         done += len(part)
-        write_json(folder / "state.json", {"job": job, "done": done})
+        write_json(folder / STATE, {"job": job, "done": done})
         advance(done, len(rows))
     final = np.load(vectors.path, mmap_mode="r", allow_pickle=False)
     if late:
@@ -239,6 +311,7 @@ def _finish(source: TextSource, rows: range, out: Path, vectors: np.memmap, meta
 
     ids = (item.id for item in itertools.islice(source, rows.start, rows.stop))
     meta_file(out).unlink(missing_ok=True)
+    ids_file(out).unlink(missing_ok=True)  # of what stood here before, perhaps
     if out.suffix == ".parquet":
         _write_parquet(out, blocks(), ids, width(meta["dimension"], meta["precision"]), DTYPES[meta["precision"]])
     else:

@@ -22,7 +22,7 @@ from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
-from conan_jax.inference.precision import Precision, check_precision, quantize
+from conan_jax.inference.precision import Precision, check_precision, kept_dimensions, quantize
 from conan_jax.inference.prompts import DOCUMENT, QUERY
 from conan_jax.inference.tokens import prompt_tokens, token_rows
 from conan_jax.model import Bidirectional, Mask
@@ -133,7 +133,7 @@ class Encoder:
             if not isinstance(text, str):
                 raise DataError(f"text {i} is {type(text).__name__}, not str: {text!r:.80}")
         check_precision(precision)
-        kept = self._kept(truncate_dim)
+        kept = kept_dimensions(truncate_dim, self.dimension)
         longest = self.row_length(max_length)
         if batch_size < 1:
             raise ConfigError(f"batch_size must be positive, got {batch_size}")
@@ -187,11 +187,6 @@ class Encoder:
         if not 2 <= longest <= self.model.max_length:
             raise ConfigError(f"max_length must lie in [2, {self.model.max_length}], what the model knows; got {longest}")
         return longest
-
-    def _kept(self, truncate_dim: int | None) -> int:
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
-            raise ConfigError(f"truncate_dim must lie in [1, {self.dimension}], the width of the vectors; got {truncate_dim}")
-        return truncate_dim or self.dimension
 
     def _rounds(self, texts: list[str], prefix: list[int], longest: int) -> Iterator[tuple[int, list[list[int]]]]:
         """(number of its first text, token rows) of each round; the next one is tokenised while the devices work on this one."""

@@ -26,6 +26,15 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
 
 
+def kept_dimensions(truncate_dim: int | None, dimension: int) -> int:
+    """How many numbers of a vector of `dimension` are kept; None: all. Raises `ConfigError` for what is no such number."""
+    if truncate_dim is None:
+        return dimension
+    if not isinstance(truncate_dim, (int, np.integer)) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= dimension:
+        raise ConfigError(f"truncate_dim must be a whole number in [1, {dimension}], the width of the vectors; got {truncate_dim!r}")
+    return int(truncate_dim)
+
+
 def width(dimension: int, precision: Precision) -> int:
     """Elements a vector of `dimension` has in a precision."""
     return -(-dimension // 8) if precision.endswith("binary") else dimension

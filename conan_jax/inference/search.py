@@ -113,7 +113,8 @@ def build_index(encoder: Any, documents: str | Path, folder: str | Path, *, max_
     folder.mkdir(parents=True, exist_ok=True)
     meta_file(folder / VECTORS).unlink(missing_ok=True)
     (folder / DOCUMENTS).write_bytes(Path(documents).read_bytes())
-    encode_corpus(encoder, index_documents(folder), folder / VECTORS, Settings(max_length=min(max_length, encoder.model.max_length)))
+    encode_corpus(encoder, index_documents(folder), folder / VECTORS, Settings(max_length=min(max_length, encoder.model.max_length)),
+                  force=True)
     return folder
 
 

@@ -102,21 +102,98 @@ def test_half_a_chunk_of_a_killed_write_is_written_over(tmp_path, source, chunks
     np.testing.assert_array_equal(load(tmp_path / "out.npy"), expected(source))
 
 
-@pytest.mark.parametrize("change", ["settings", "source", "model", "file"])
-def test_what_was_begun_another_way_is_not_gone_on_with(tmp_path, source, chunks, change):
+class Retrained(WordEncoder):
+    """The same names, and weights of its own."""
+
+    def __init__(self, weights):
+        super().__init__(WORDS)
+        self.identity = {**self.identity, "weights_sha256": weights * 64}
+
+
+@pytest.mark.parametrize("change, words", [
+    ("settings", "max_length 512, now 3"), ("source", "of other texts"), ("model", "by words s step 1 .*, now by other s step 1"),
+    ("weights", "by words .*weights unknown.*now by .*weights bbbb")])
+def test_what_was_begun_another_way_is_neither_gone_on_with_nor_dropped_unasked(tmp_path, source, chunks, change, words):
     out = tmp_path / "out.npy"
     with pytest.raises(Stop):
         encode_corpus(Interrupted(2), source, out)
-    encoder = WordEncoder(WORDS, name="other" if change == "model" else "words")
+    encoder = Retrained("b") if change == "weights" else WordEncoder(WORDS, name="other" if change == "model" else "words")
     settings = Settings(max_length=3 if change == "settings" else None)
     if change == "source":
         write(tmp_path / "in.jsonl", seed=1)
-    if change == "file":
-        (tmp_path / ".out.npy.partial" / "vectors.npy").write_bytes(b"")
+    before = (tmp_path / ".out.npy.partial" / "vectors.npy").read_bytes()
+    with pytest.raises(ConfigError, match=rf"10 rows of .*out.npy were begun another way \({words}.*--force"):
+        encode_corpus(encoder, source, out, settings)
+    assert not encoder.calls and (tmp_path / ".out.npy.partial" / "vectors.npy").read_bytes() == before
     said = []
-    encode_corpus(encoder, source, out, settings, say=said.append)
+    encode_corpus(encoder, source, out, settings, force=True, say=said.append)
     assert said == ["what an earlier run left was made another way; starting anew"]
     np.testing.assert_array_equal(load(out), expected(source))
+
+
+def test_a_damaged_beginning_is_made_anew(tmp_path, source, chunks):
+    with pytest.raises(Stop):
+        encode_corpus(Interrupted(2), source, tmp_path / "out.npy")
+    (tmp_path / ".out.npy.partial" / "vectors.npy").write_bytes(b"")
+    said = []
+    encode_corpus(WordEncoder(WORDS), source, tmp_path / "out.npy", say=said.append)
+    assert said == ["what an earlier run left is damaged; starting anew"]
+    np.testing.assert_array_equal(load(tmp_path / "out.npy"), expected(source))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_what_is_complete_is_left_alone(tmp_path, source, chunks, suffix, precision):
+    out, encoder, said = tmp_path / f"out{suffix}", WordEncoder(WORDS), []
+    meta = encode_corpus(encoder, source, out, Settings(precision=precision))
+    calls, stamp = len(encoder.calls), out.stat().st_mtime_ns
+    assert encode_corpus(encoder, source, out, Settings(precision=precision), say=said.append) == meta
+    assert said == [f"{out} is complete already; --force makes it again"]
+    (tmp_path / f".{out.name}.partial").mkdir()  # a stop between the last two strokes of the work
+    (tmp_path / f".{out.name}.partial" / "state.json").write_text(json.dumps({"job": {**meta, "ranges": None}, "done": 23}))
+    encode_corpus(encoder, source, out, Settings(precision=precision))
+    assert len(encoder.calls) == calls and out.stat().st_mtime_ns == stamp
+    encode_corpus(encoder, source, out, Settings(precision=precision), force=True)
+    assert len(encoder.calls) == 2 * calls
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_what_is_there_gives_way_to_force_alone(tmp_path, source, chunks, suffix):
+    out, other = tmp_path / f"out{suffix}", Settings(truncate_dim=4)
+    out.write_bytes(b"years of work")
+    with pytest.raises(ConfigError, match="is there already, and not as `conan encode` left it"):
+        encode_corpus(WordEncoder(WORDS), source, out)
+    assert out.read_bytes() == b"years of work" and sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", out.name]
+    encode_corpus(WordEncoder(WORDS), source, out, force=True)
+    content = out.read_bytes()
+    for encoder, settings, words in ((WordEncoder(WORDS), other, "truncate_dim None, now 4"), (Retrained("b"), Settings(), "now by .*weights b")):
+        with pytest.raises(ConfigError, match=rf"is there already, made another way \(.*{words}.*--force"):
+            encode_corpus(encoder, source, out, settings)
+    assert out.read_bytes() == content
+    # Replacing it was agreed to once: what is stopped meanwhile goes on without being asked again.
+    with pytest.raises(Stop):
+        encode_corpus(Interrupted(2), source, out, other, force=True)
+    assert out.read_bytes() == content
+    assert encode_corpus(WordEncoder(WORDS), source, out, other)["dimension"] == 4
+    out.write_bytes(out.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match="not as `conan encode` left it"):
+        encode_corpus(WordEncoder(WORDS), source, out, other)
+
+
+def test_ids_of_what_was_replaced_do_not_stay(tmp_path, source, chunks):
+    encode_corpus(WordEncoder(WORDS), source, tmp_path / "out.npy")
+    encode_corpus(WordEncoder(WORDS), TextSource(source.source), tmp_path / "out.npy", force=True)
+    assert not (tmp_path / "out.npy.ids.jsonl").exists()
+
+
+@pytest.mark.parametrize("settings, ranges, message", [
+    (Settings(truncate_dim=11), None, "truncate_dim must be a whole number in .1, 10"),
+    (Settings(truncate_dim=4, precision="int8"), np.zeros((2, 10), np.float32), "ranges must have the shape .2, 4."),
+])
+def test_a_width_that_does_not_fit_is_refused_before_a_file_is_made(tmp_path, source, settings, ranges, message):
+    with pytest.raises(ConfigError, match=message):
+        encode_corpus(WordEncoder(WORDS), source, tmp_path / "out.npy", settings, ranges=ranges)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
@@ -250,6 +327,29 @@ def test_the_command_encodes_and_describes(tmp_path, command):
                     "--ranges", tmp_path / "sample.npy")
     assert piece.exit_code == 0 and "12 x 10 int8" in piece.stdout
     np.testing.assert_array_equal(load(tmp_path / "p.npy"), quantize(load(tmp_path / "sample.npy"), "int8")[11:])
+
+
+def test_the_sample_must_have_the_width_of_this_run(tmp_path, command):
+    texts = write(tmp_path / "in.jsonl")
+    command(texts, tmp_path / "wide.npy", "--model", "m")
+    command(texts, tmp_path / "short.npy", "--model", "m", "--truncate-dim", 4)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for sample, more, words in (
+        ("wide", ("--truncate-dim", 4), "wide.npy holds vectors of 10 numbers, this run writes 4: encode the sample with --truncate-dim 4"),
+        ("short", (), "short.npy holds vectors of 4 numbers, this run writes 10: encode the sample without --truncate-dim")):
+        failed = command(texts, tmp_path / "o.npy", "--model", "m", "--precision", "int8", "--ranges", tmp_path / f"{sample}.npy", *more)
+        assert words in str(failed.exception) and "encoding" not in failed.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_command_replaces_nothing_unless_it_is_forced(tmp_path, command):
+    texts = write(tmp_path / "in.jsonl")
+    (tmp_path / "out.npy").write_bytes(b"mine")
+    failed = command(texts, tmp_path / "out.npy", "--model", "m")
+    assert isinstance(failed.exception, ConfigError) and failed.exception.exit_code == 78 and "--force" in str(failed.exception)
+    assert command(texts, tmp_path / "out.npy", "--model", "m", "--force").exit_code == 0
+    again = command(texts, tmp_path / "out.npy", "--model", "m")
+    assert again.exit_code == 0 and "is complete already" in again.output
 
 
 @pytest.mark.parametrize("arguments, message", [
