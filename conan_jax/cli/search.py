@@ -18,13 +18,14 @@ def search(
     query: Annotated[Optional[str], typer.Argument(help="What you look for, in plain words.")] = None,
     run: Annotated[Path, typer.Option("--run", help="The folder of a run with the index that `conan demo` makes.")] = Path("runs/demo"),
     corpus: Annotated[Optional[list[Path]], typer.Option(
-        "--corpus", metavar="FILE", help="What `conan encode` wrote; several times for its shards, in order.")] = None,
+        "--corpus", metavar="FILE", help="What `conan encode` wrote; several times for its shards. Any order gives the same texts; "
+                               "`row` counts through the files as they are named.")] = None,
     model: Annotated[Optional[Path], typer.Option("--model", help="Folder of the run or export that encoded the corpus.")] = None,
     documents: Annotated[Optional[str], typer.Option(
         "--documents", metavar="IN.jsonl", help="What was encoded, to show its texts.")] = None,
     text_field: Annotated[str, typer.Option("--field", help="The field of the documents that holds the text.")] = "text",
     queries: Annotated[Optional[Path], typer.Option(
-        "--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY.")] = None,
+        "--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY. An empty line has no answers.")] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many answers.")] = 5,
     prompt_name: Annotated[Optional[str], typer.Option("--prompt-name", help="Which of the model's prompts stands before a query.")] = None,
     prompt: Annotated[Optional[str], typer.Option(
@@ -61,9 +62,14 @@ def search(
         raise ConfigError("--corpus needs --model, the folder of the run or export that encoded it")
     else:
         opened, source = Corpus(corpus), TextSource(documents, text_field) if documents else None
-    answers = find(opened, Encoder.load(model), asked, k, prompt_name=prompt_name, prompt=prompt, documents=source, approximate=faiss)
-    for question, found in zip(asked, answers):
-        if not as_json:
+    lines = [i for i, question in enumerate(asked) if question.strip() or queries is None]
+    answers = dict(zip(lines, find(opened, Encoder.load(model), [asked[i] for i in lines], k, prompt_name=prompt_name, prompt=prompt,
+                                   documents=source, approximate=faiss)))
+    for i, question in enumerate(asked):
+        found = answers.get(i, [])
+        if not as_json and i not in answers:
+            Console().print(f"line {i + 1} of {queries} is empty", highlight=False, markup=False, soft_wrap=True)
+        elif not as_json:
             Console().print(results_table(question, found))
         elif queries is None:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -77,20 +83,23 @@ def _queries(query: str | None, file: Path | None) -> list[str]:
     if file is None:
         return [query or ""]
     try:
-        asked = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        asked = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # as an editor counts lines, unlike splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    if not asked:
+    if not any(line.strip() for line in asked):
         raise DataError(f"{file} holds no queries; write one a line")
     return asked
 
 
 def results_table(query: str, answers: list[dict[str, Any]]) -> Table:
-    """Answers as a table: cosine, id, first sentence. Nothing in them is read as markup."""
+    """Answers as a table: cosine, id and, where texts are known, the first sentence. Nothing in them is read as markup."""
     table = Table(title=Text(query, style="bold"), title_justify="left", show_edge=False, pad_edge=False, expand=False)
     table.add_column("score", justify="right", style="cyan", no_wrap=True)
     table.add_column("name", style="bold", overflow="fold")
-    table.add_column("what it says")
+    known = any("text" in answer for answer in answers)
+    if known:
+        table.add_column("what it says")
     for answer in answers:
-        table.add_row(f"{answer['score']:.3f}", Text(str(answer["id"])), Text(str(answer.get("summary") or answer.get("text", ""))[:160]))
+        says = [Text(str(answer.get("summary") or answer.get("text", ""))[:160])] if known else []
+        table.add_row(f"{answer['score']:.3f}", Text(str(answer["id"])), *says)
     return table

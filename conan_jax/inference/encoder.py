@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
-from conan_jax.inference.precision import Precision, check_precision, kept_dimensions, quantize
+from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
 from conan_jax.inference.prompts import DOCUMENT, QUERY
 from conan_jax.inference.tokens import prompt_tokens, token_rows
 from conan_jax.model import Bidirectional, Mask
@@ -123,11 +123,13 @@ class Encoder:
 
         Raises:
             ConfigError: an option outside of what the model can do, or a prompt that is not known or leaves no room.
-            DataError: a text is no string.
+            DataError: `inputs` are no strings.
         """
         if isinstance(inputs, str):
             return self.encode([inputs], prompt_name, prompt, batch_size, show_progress_bar, precision, normalize_embeddings, truncate_dim,
                                max_length, ranges)[0]
+        if isinstance(inputs, (bytes, Mapping)) or not isinstance(inputs, Iterable):
+            raise DataError(f"texts must be a string or a sequence of strings, got {type(inputs).__name__}")
         texts = list(inputs)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -135,8 +137,8 @@ class Encoder:
         check_precision(precision)
         kept = kept_dimensions(truncate_dim, self.dimension)
         longest = self.row_length(max_length)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be positive, got {batch_size}")
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a whole number above 0, got {batch_size!r}")
         prefix = prompt_tokens(self.tokenizer, self.prompt(prompt_name, prompt), longest)
         vectors = np.empty((len(texts), kept), np.float32)
         with _progress(len(texts), show_progress_bar) as advance:
@@ -162,19 +164,22 @@ class Encoder:
 
     @staticmethod
     def similarity(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "M D"]) -> Float32[np.ndarray, "N M"]:
-        """The cosine of every pair; one vector [D] counts as [1, D]."""
-        return normalised(np.atleast_2d(a)) @ normalised(np.atleast_2d(b)).T
+        """The cosine of every pair; one vector [D] counts as [1, D]. Raises `DataError` for vectors of different widths."""
+        a, b = _comparable(a, b)
+        return normalised(a) @ normalised(b).T
 
     @staticmethod
     def similarity_pairwise(a: Float[np.ndarray, "N D"], b: Float[np.ndarray, "N D"]) -> Float32[np.ndarray, " N"]:
         """The cosine of a[i] and b[i]. Raises `DataError` when there are not as many of one as of the other."""
-        a, b = np.atleast_2d(a), np.atleast_2d(b)
+        a, b = _comparable(a, b)
         if a.shape != b.shape:
             raise DataError(f"pairs need as many vectors on both sides, got {a.shape} and {b.shape}")
         return np.sum(normalised(a) * normalised(b), axis=1)
 
     def prompt(self, name: str | None = None, prompt: str | None = None) -> str:
         """The string that stands before a text: `prompt` where it is given, else the one called `name`, else nothing."""
+        if not isinstance(prompt, str | None) or not isinstance(name, str | None):
+            raise ConfigError(f"prompt and prompt_name must be strings, got {prompt if prompt is not None else name!r:.80}")
         if prompt is not None or name is None:
             return prompt or ""
         if name not in self.prompts:
@@ -184,8 +189,8 @@ class Encoder:
     def row_length(self, max_length: int | None = None) -> int:
         """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
         longest = min(DEFAULT_MAX_LENGTH, self.model.max_length) if max_length is None else max_length
-        if not 2 <= longest <= self.model.max_length:
-            raise ConfigError(f"max_length must lie in [2, {self.model.max_length}], what the model knows; got {longest}")
+        if not is_whole(longest) or not 2 <= longest <= self.model.max_length:
+            raise ConfigError(f"max_length must be a whole number in [2, {self.model.max_length}], what the model knows; got {longest!r}")
         return longest
 
     def _rounds(self, texts: list[str], prefix: list[int], longest: int) -> Iterator[tuple[int, list[list[int]]]]:
@@ -237,6 +242,24 @@ def normalised(vectors: Num[np.ndarray, "N D"]) -> Float32[np.ndarray, "N D"]:
     vectors = np.asarray(vectors, np.float32)
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def _comparable(a: Any, b: Any) -> tuple[Num[np.ndarray, "N D"], Num[np.ndarray, "M D"]]:
+    """Both as matrices of one width."""
+    matrices = []
+    for given in (a, b):
+        try:
+            matrix = np.asarray(given, np.float32)
+        except (TypeError, ValueError):
+            matrix = np.zeros(())
+        if matrix.ndim not in (1, 2):
+            raise DataError(f"vectors must be an array of numbers, [D] or [N, D], got {type(given).__name__}{list(np.shape(given))}")
+        matrices.append(np.atleast_2d(matrix))
+    a, b = matrices
+    if a.shape[1] != b.shape[1]:
+        raise DataError(f"vectors to compare must have one width, got {a.shape[1]} and {b.shape[1]} numbers; encode both with the same "
+                        "truncate_dim")
+    return a, b
 
 
 def _collected(members: np.ndarray, vectors: jax.Array) -> tuple[np.ndarray, np.ndarray]:

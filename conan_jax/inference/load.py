@@ -13,7 +13,7 @@ from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
 from conan_jax.data.manifest import sha256_of
 from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
-from conan_jax.errors import CheckpointError, DataError
+from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json
 from conan_jax.hf.weights import DAMAGED, from_tensors, read_tensors
 from conan_jax.inference.prompts import prompts_of
@@ -41,8 +41,11 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     Raises:
         CheckpointError: there is no complete checkpoint, no tokenizer with the recorded sha256, or a file of an export is not as
             it was written.
+        ConfigError: `folder` is no path.
         DataError: the description of an export cannot be read.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f"name the folder of a run, of a stage or of an export, got {folder!r:.80}")
     folder = Path(folder)
     return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(*start_rule.locate(folder))
 

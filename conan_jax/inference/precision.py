@@ -22,15 +22,20 @@ DTYPES: dict[str, type] = {"float32": np.float32, "int8": np.int8, "uint8": np.u
 
 def check_precision(precision: str) -> None:
     """Raise `ConfigError` for a name that is not known."""
-    if precision not in DTYPES:
+    if not isinstance(precision, str) or precision not in DTYPES:
         raise ConfigError(f"precision {precision!r} is not known; use one of {', '.join(DTYPES)}")
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is an integer, of Python or NumPy."""
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 def kept_dimensions(truncate_dim: int | None, dimension: int) -> int:
     """How many numbers of a vector of `dimension` are kept; None: all. Raises `ConfigError` for what is no such number."""
     if truncate_dim is None:
         return dimension
-    if not isinstance(truncate_dim, (int, np.integer)) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= dimension:
+    if not is_whole(truncate_dim) or not 1 <= truncate_dim <= dimension:
         raise ConfigError(f"truncate_dim must be a whole number in [1, {dimension}], the width of the vectors; got {truncate_dim!r}")
     return int(truncate_dim)
 

@@ -172,7 +172,8 @@ def test_similarity_is_the_cosine(encoder):
 
 
 @pytest.mark.parametrize("options", [{"max_length": 65}, {"max_length": 1}, {"batch_size": 0}, {"truncate_dim": 33}, {"truncate_dim": 0},
-                                     {"precision": "float16"}])
+                                     {"truncate_dim": 1.5}, {"truncate_dim": True}, {"max_length": 16.5}, {"batch_size": 1.5},
+                                     {"precision": "float16"}, {"precision": ["int8"]}, {"prompt": 3}, {"prompt_name": ["query"]}])
 def test_wrong_options_are_refused(encoder, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         encoder.encode(["x"], **options)
@@ -181,6 +182,9 @@ def test_wrong_options_are_refused(encoder, options):
 def test_what_is_no_text_and_a_foreign_tokenizer_are_refused(encoder, tokenizer):
     with pytest.raises(DataError, match="text 1 is NoneType"):
         encoder.encode(["a", None])
+    for given in (None, 3, b"bytes", {"text": "a"}):
+        with pytest.raises(DataError, match=f"a string or a sequence of strings, got {type(given).__name__}"):
+            encoder.encode(given)
     with pytest.raises(ConfigError, match="330 tokens"):
         Encoder(encoder.params, dataclasses.replace(MODEL, vocab_size=300), tokenizer)
 
@@ -256,6 +260,12 @@ def test_pairs_of_vectors(encoder):
     assert Encoder.similarity(a[0], b).shape == (1, 3)
     with pytest.raises(DataError, match="as many vectors on both sides"):
         Encoder.similarity_pairwise(a, b[:2])
+    for compare in (Encoder.similarity, Encoder.similarity_pairwise):
+        with pytest.raises(DataError, match="one width, got 32 and 16 numbers"):
+            compare(a, b[:, :16])
+        for no_vectors in (None, ["a text"], a[None], 3.0):
+            with pytest.raises(DataError, match="vectors must be"):
+                compare(a, no_vectors)
 
 
 def test_the_model_of_an_accelerator_is_the_same_in_float32_here(tokenizer):
@@ -343,6 +353,9 @@ def test_the_tokenizer_lies_where_a_variable_says(trained, tokenizer, tmp_path, 
 def test_what_is_missing_is_named(trained, tmp_path):
     with pytest.raises(CheckpointError, match="no trained model in .*nowhere"):
         Encoder.load(tmp_path / "nowhere")
+    for nothing in (None, 3):
+        with pytest.raises(ConfigError, match="name the folder of a run, of a stage or of an export, got"):
+            Encoder.load(nothing)
     settings = run_folder(trained) / "data" / "tokenizer" / "tokenizer.json"
     settings.write_text(settings.read_text().replace(Encoder.load(run_folder(trained)).tokenizer.sha256, "0" * 64))
     with pytest.raises(CheckpointError, match="which is not there"):

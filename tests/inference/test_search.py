@@ -229,12 +229,28 @@ def test_the_command_searches_any_corpus_for_many_queries(tmp_path, command):
     encode_corpus(WordEncoder(WORDS), TextSource(str(docs)), tmp_path / "c.npy")
     (tmp_path / "q.txt").write_text("close\n\nparse\n")
     found = command("--queries", tmp_path / "q.txt", "--corpus", tmp_path / "c.npy", "--model", "m", "--json", "-k", 1)
-    assert [(q["query"], q["answers"][0]["id"]) for q in map(json.loads, found.output.splitlines())] == [("close", "1"), ("parse", "2")]
+    found = [json.loads(line) for line in found.output.splitlines()]
+    assert [(q["query"], [a["id"] for a in q["answers"]]) for q in found] == [("close", ["1"]), ("", []), ("parse", ["2"])]
+    listed = command("--queries", tmp_path / "q.txt", "--corpus", tmp_path / "c.npy", "--model", "m")
+    assert listed.exit_code == 0 and listed.output.count("score") == 2 and "line 2 of" in listed.output and "is empty" in listed.output
+    assert "what it says" not in listed.output  # nothing is known of the texts
     shown = command("date", "--corpus", tmp_path / "c.npy", "--model", "m", "--documents", docs)
-    assert shown.exit_code == 0 and "time.parse" in shown.output and "parse date date" in shown.output
+    assert shown.exit_code == 0 and "time.parse" in shown.output and "parse date date" in shown.output and "what it says" in shown.output
     either = "either a QUERY or"
     for arguments, message in (((), either), (("x", "--queries", "q"), either), (("x", "--corpus", "c"), "needs --model")):
         assert message in str(command(*arguments).exception)
+
+
+@pytest.mark.parametrize("content, asked", [
+    (b"a\r\n\r\nb\r\n", ["a", "", "b"]), ("\ufeffa\u2028b\x0cc\nd".encode(), ["a\u2028b\x0cc", "d"]), (b" \na\n\n", [" ", "a", ""])])
+def test_a_query_is_a_line_and_every_line_is_one(tmp_path, content, asked):
+    from conan_jax.cli.search import _queries
+
+    (tmp_path / "q.txt").write_bytes(content)
+    assert _queries(None, tmp_path / "q.txt") == asked
+    (tmp_path / "q.txt").write_bytes(b"\n \n")
+    with pytest.raises(DataError, match="holds no queries"):
+        _queries(None, tmp_path / "q.txt")
 
 
 def test_an_unfinished_corpus_is_told_from_a_missing_one(tmp_path):
