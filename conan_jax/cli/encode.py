@@ -39,11 +39,13 @@ def encode(
         "--prompt-name", help="Which of the model's prompts stands before each text.  [dim]default: document[/dim]")] = None,
     prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before each text.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Most texts a device encodes at once.")] = 256,
-    precision: Annotated[str, typer.Option("--precision", help="float32, int8, uint8, binary or ubinary. int8 and uint8 take each dimension's range from the texts of this "
-                          "call unless --ranges is given; shards need --ranges, the same for all.")] = "float32",
+    precision: Annotated[str, typer.Option(
+        "--precision", help="float32, int8, uint8, binary or ubinary. int8 and uint8 take each dimension's range from the texts of this call "
+                            "unless --ranges is given; shards need --ranges, the same for all.")] = "float32",
     ranges: Annotated[Optional[Path], typer.Option(
         "--ranges", metavar="SAMPLE.npy", help="float32 vectors whose lowest and highest values int8 and uint8 use.")] = None,
-    truncate_dim: Annotated[Optional[int], typer.Option("--truncate-dim", help="Keep so many of the first dimensions, at length 1.")] = None,
+    truncate_dim: Annotated[Optional[int], typer.Option(
+        "--truncate-dim", help="Keep so many of the first dimensions, at length 1.")] = None,
     max_length: Annotated[Optional[int], typer.Option("--max-length", help="Tokens a text is cut to.  [dim]default: 512[/dim]")] = None,
     shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help="Encode piece I of N, 1 <= I <= N.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an OUT that is there, or was begun with other settings.")] = False,

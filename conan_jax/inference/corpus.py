@@ -205,8 +205,8 @@ def _encode(
     begun, done = state.get("job"), state.get("done", 0)
     if begun is not None and begun != job:
         if not force:
-            raise ConfigError(f"{done:,} rows of {out} were begun another way ({_differences(begun, job)}); finish them as they were begun, "
-                              "name another file, or drop them with --force")
+            raise ConfigError(f"{done:,} rows of {out} were begun another way ({_differences(begun, job)}); finish them as they were "
+                              "begun, name another file, or drop them with --force")
         say("what an earlier run left was made another way; starting anew")
         done = 0
     elif begun is not None and not vectors.holds(done):

@@ -39,7 +39,7 @@ def test_lists_find_what_the_exact_search_finds(tmp_path):
     for seed in (0, 0, 1):
         vectors = unit(np.random.default_rng(seed), centres)
         if len(made) != 1:  # the second time nothing has changed
-            encode_corpus(Numbered(vectors), TextSource(str(tmp_path / "in.jsonl")), tmp_path / "c.npy")
+            encode_corpus(Numbered(vectors), TextSource(str(tmp_path / "in.jsonl")), tmp_path / "c.npy", force=True)
         rows, _ = nearest(vectors[:40], Corpus([tmp_path / "c.npy"]), 10)
         exact, _ = top_k(vectors[:40], vectors, 10)
         assert (rows[:, 0] == np.arange(40)).all()

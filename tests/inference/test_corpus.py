@@ -166,7 +166,8 @@ def test_what_is_there_gives_way_to_force_alone(tmp_path, source, chunks, suffix
     assert out.read_bytes() == b"years of work" and sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", out.name]
     encode_corpus(WordEncoder(WORDS), source, out, force=True)
     content = out.read_bytes()
-    for encoder, settings, words in ((WordEncoder(WORDS), other, "truncate_dim None, now 4"), (Retrained("b"), Settings(), "now by .*weights b")):
+    refused = ((WordEncoder(WORDS), other, "truncate_dim None, now 4"), (Retrained("b"), Settings(), "now by .*weights b"))
+    for encoder, settings, words in refused:
         with pytest.raises(ConfigError, match=rf"is there already, made another way \(.*{words}.*--force"):
             encode_corpus(encoder, source, out, settings)
     assert out.read_bytes() == content
