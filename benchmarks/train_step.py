@@ -92,7 +92,7 @@ def torch_model(params: Any) -> Any:
 
     settings = architectures.to_hf_config(MODEL, "llama", is_causal=False)
     model = LlamaModel._from_config(LlamaConfig(**settings), attn_implementation="sdpa")
-    tensors = weights.to_tensors(params, MODEL, architecture="llama")
+    tensors = weights.to_tensors(params, MODEL)
     model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in tensors})
     return model.train()
 
