@@ -6,13 +6,13 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Num
+from jaxtyping import Float, Float32, Num
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from conan_jax import config
@@ -30,7 +30,9 @@ from conan_jax.model import Bidirectional, Mask
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_BATCH_SIZE = 256
 TEXTS_PER_ROUND = 8192  # texts that are sorted by length together; bounds the memory of their tokens
-IN_FLIGHT = 2  # batches handed to the devices and not yet collected
+# Batches computed and not yet collected. Each has a thread of its own: a CPU then computes two side by side, and what of one occupies a
+# single core hides behind the products of the other.
+IN_FLIGHT = 2
 
 # Of a device: the tokens of one batch, and the operations of padding that one more shape to compile is worth. On a CPU small batches stay
 # in its caches. Compiling takes as long as a few times these operations: texts are seldom encoded once only.
@@ -58,6 +60,7 @@ class Encoder:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
+        self._shapes: set[tuple[int, int]] = set()  # of batches met so far
         self._names = dict(identity or {})
         self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
         self._forward = Forward(params, model, mask, devices)
@@ -218,14 +221,22 @@ class Encoder:
             np.array([len(row) for row in rows], np.int64), longest=longest, most_rows=batch_size * len(devices),
             most_tokens=TOKENS_PER_BATCH[kind] * len(devices), multiple=len(devices),
             shape_tokens=OPERATIONS_PER_SHAPE[kind] * len(devices) / self._forward.operations_per_token)
-        pending: deque[tuple[np.ndarray, Array]] = deque()
-        for batch in planned:
+        def compute(batch: buckets.Batch) -> tuple[np.ndarray, np.ndarray]:
             shaped = padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length)
-            pending.append((batch.members, self._forward(*shaped)))
-            if len(pending) >= IN_FLIGHT:
-                yield _collected(*pending.popleft())
-        while pending:
-            yield _collected(*pending.popleft())
+            return batch.members, np.asarray(self._forward(*shaped))[: len(batch.members)]
+
+        # Programs that span devices are launched from one thread, so that every device meets them in one order.
+        with ThreadPoolExecutor(IN_FLIGHT if len(devices) == 1 else 1, "encode") as pool:
+            pending: deque[Future] = deque()
+            for batch in planned:
+                pending.append(pool.submit(compute, batch))
+                if (batch.rows, batch.length) not in self._shapes:
+                    pending[-1].result()  # two threads would compile the same programs
+                    self._shapes.add((batch.rows, batch.length))
+                if len(pending) >= IN_FLIGHT:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, length: int, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -260,10 +271,6 @@ def _comparable(a: Any, b: Any) -> tuple[Num[np.ndarray, "N D"], Num[np.ndarray,
         raise DataError(f"vectors to compare must have one width, got {a.shape[1]} and {b.shape[1]} numbers; encode both with the same "
                         "truncate_dim")
     return a, b
-
-
-def _collected(members: np.ndarray, vectors: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    return members, np.asarray(vectors)[: len(members)]
 
 
 class _progress:

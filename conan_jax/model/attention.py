@@ -1,19 +1,18 @@
-"""The one attention entry, and the dense reference: softmax(q k^T / sqrt(C), under a mask object) v."""
+"""The one attention entry: softmax(q k^T / sqrt(C), under a mask object) v."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from conan_jax.errors import ConfigError
-from conan_jax.model.blockwise import blockwise_attention, stack_heads, unstack_heads
+from conan_jax.model.blockwise import blockwise_attention
+from conan_jax.model.dense import dense_attention, parts_of
 from conan_jax.model.layout import Layout
-from conan_jax.model.softmask import MASKED, Bidirectional, Mask, mask_bias, mask_matrix, same_segment
+from conan_jax.model.softmask import Mask
 
-QUERIES = 64  # whose scores a CPU holds at once in rows of more than 128 tokens, where nothing but padding is masked
 KERNEL_BLOCK = 128  # tokens of the smallest block of the TPU kernels
 
 
@@ -47,7 +46,7 @@ def attention(
     if implementation == "auto":
         implementation = choose(platform(), q.shape[1], block_size)
     if implementation == "dense":
-        return dense_attention(q, k, v, mask, layout)
+        return dense_attention(q, k, v, mask, layout, parts_of(*q.shape[:3]) if _one_cpu() else 1)
     if implementation == "blockwise":
         return blockwise_attention(q, k, v, mask, layout, block_size)
     if implementation != "pallas_tpu":
@@ -74,42 +73,7 @@ def platform() -> str:
     return "tpu" if name.startswith("tpu") else "cpu" if name.startswith("cpu") else "gpu"
 
 
-def dense_attention(
-    q: Float[Array, "B L H C"], k: Float[Array, "B L K C"], v: Float[Array, "B L K C"], mask: Mask, layout: Layout
-) -> Float[Array, "B L H C"]:
-    """The reference: all [B, H, L, L] scores at once."""
-    if layout.alone and isinstance(mask, Bidirectional):
-        return _padded_attention(q, k, v, layout.real)
-    B, L, H, C = q.shape
-    q, k, v = stack_heads(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkrc,bksc->bkrs", q, k, preferred_element_type=jnp.float32) * C**-0.5
-    scores = scores.reshape(B, k.shape[1], -1, L, L)
-    if mask.apply == "log":
-        scores = scores + mask_bias(mask, layout)[:, None, None]
-    else:
-        scores = jnp.where(same_segment(layout)[:, None, None], scores * mask_matrix(mask, layout)[:, None, None], MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, k.shape[1], -1, L)
-    out = unstack_heads(jnp.einsum("bkrs,bksc->bkrc", weights, v), L)
-    return jnp.where(layout.real[:, :, None, None], out, 0)
-
-
-def _padded_attention(
-    q: Float[Array, "B L H C"], k: Float[Array, "B L K C"], v: Float[Array, "B L K C"], real: Bool[Array, "B L"]
-) -> Float[Array, "B L H C"]:
-    """Every real token sees every real token of its row.
-
-    Padding is one number a key, where other masks add one a pair; the sum of the weights divides the result, not each weight; and a few
-    queries at a time keep the scores of long rows in a CPU's caches. Unrolled: XLA's CPU backend runs a loop's body on one core.
-    """
-    K, C = k.shape[2], q.shape[-1]
-    k, v, padding = k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(real, 0.0, MASKED)[:, None, None]
-
-    def part(q: Float[Array, "B l H C"]) -> Float[Array, "B l H C"]:
-        scores = jnp.einsum("bkrc,bksc->bkrs", stack_heads(q, K), k, preferred_element_type=jnp.float32) * C**-0.5 + padding
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        out = jnp.einsum("bkrs,bksc->bkrc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return unstack_heads((out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype), q.shape[1])
-
-    step = QUERIES if platform() == "cpu" and q.shape[1] > 128 else q.shape[1]
-    parts = [part(q[:, start : start + step]) for start in range(0, q.shape[1], step)]
-    return jnp.where(real[:, :, None, None], jnp.concatenate(parts, axis=1), 0)
+def _one_cpu() -> bool:
+    """Whether a single CPU device holds the whole batch, so that cutting it up moves nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 def rope_tables(
     positions: Int[Array, "B L"], head_dim: int, theta: float, scaling: config.RopeScaling | None = None
 ) -> tuple[Float[Array, "B L C"], Float[Array, "B L C"]]:
-    """cos and sin of position * f_c with f_c = theta^(-2c/C), c = 0 .. C/2-1, written twice side by side; float32.
+    """cos and sin of position * f_c with f_c = theta^(-2c/C), c = 0 .. C/2-1, written twice side by side; float32. Positions are below L.
 
     With `scaling` (the rule published with Llama 3.1): of wavelength w = 2 pi / f and O = original_max_position_embeddings,
     f becomes s f + (1 - s) f / factor with s = clip((O / w - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1).
@@ -63,9 +63,11 @@ def rope_tables(
         turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
         kept = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = jnp.arange(positions.shape[1], dtype=jnp.float32)[:, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
+    # Looked up, not computed for each token: XLA takes a cosine for cheap, and on a CPU would compute it anew in every kernel that reads
+    # it, for every head of every layer, in both passes.
+    return tuple(jnp.take(table, positions, axis=0, mode="clip") for table in (jnp.cos(angles), jnp.sin(angles)))
 
 
 def apply_rope(x: Float[Array, "B L H C"], cos: Float[Array, "B L C"], sin: Float[Array, "B L C"]) -> Float[Array, "B L H C"]:
@@ -107,8 +109,27 @@ class SwiGLU(nn.Module):
         c = self.config
         gate = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="gate_proj")(x)
         up = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
-        inner = constrain(nn.silu(gate) * up, "tokens", "mlp")
+        inner = constrain(gated(gate, up), "tokens", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), residual_stddev(c), name="down_proj")(inner)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
+    """silu(gate) * up. The gradient keeps the two arguments alone, where autodiff would keep sigmoid(gate) and silu(gate) beside them."""
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return gated(gate, up), (gate, up)
+
+
+def _gated_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    gate, up = jax.lax.optimization_barrier(saved)  # without it the compiler keeps the sigmoid of the forward pass after all
+    weight = jax.nn.sigmoid(gate)
+    return d * up * (weight * (1 + gate * (1 - weight))), d * (gate * weight)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

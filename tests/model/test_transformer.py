@@ -61,8 +61,8 @@ def test_llama3_scaling_has_all_three_kinds_of_frequencies():
     frequencies = TINY.rope_theta ** (-np.arange(4) * 2.0 / 8)
     kinds = {round(oracle.slowed(f, 8.0, 0.3, 1.5, 12) / f, 6) for f in frequencies}
     assert 1.0 in kinds and 0.125 in kinds and any(0.125 < kind < 1.0 for kind in kinds)
-    cos, _ = rope_tables(jnp.array([[1]]), 8, TINY.rope_theta, scaling)
-    np.testing.assert_allclose(np.arccos(cos[0, 0, :4]), [oracle.slowed(f, 8.0, 0.3, 1.5, 12) for f in frequencies], atol=1e-5)
+    cos, _ = rope_tables(jnp.array([[0, 1]]), 8, TINY.rope_theta, scaling)
+    np.testing.assert_allclose(np.arccos(cos[0, 1, :4]), [oracle.slowed(f, 8.0, 0.3, 1.5, 12) for f in frequencies], atol=1e-5)
 
 
 def test_packed_row_equals_separate_sequences():
