@@ -21,16 +21,16 @@ from typing import Any
 from conan_jax import __version__, config
 from conan_jax.config_io import to_dict
 from conan_jax.errors import ConfigError, DataError
-from conan_jax.export import card, check_vector, manifest
+from conan_jax.export import card, check_vector
 from conan_jax.export.form import TRANSFORMERS, Form, form_of
 from conan_jax.export.source import Source, open_source
 from conan_jax.export.tokenizer_files import write_tokenizer
 from conan_jax.files import write_file, write_json
+from conan_jax.hf import manifest
+from conan_jax.hf.manifest import OURS, OURS_FORMAT
 from conan_jax.hf.weights import from_tensors, read_tensors, write_safetensors
 from conan_jax.inference.encoder import DEFAULT_MAX_LENGTH
 
-OURS = "conan.json"
-FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 SENTENCE_TRANSFORMERS = "5.2.0"
 
@@ -85,7 +85,7 @@ def max_length(model: config.Model) -> int:
 def _describe(source: Source, form: Form) -> dict[str, Any]:
     identity = source.identity if form.dtype == "float32" else {**source.identity, "dtype": form.dtype}
     return {
-        "format": FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder", "architecture": form.architecture,
+        "format": OURS_FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder", "architecture": form.architecture,
         "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model), "identity": identity, "prompts": source.prompts,
         "max_length": max_length(form.model), "dims": truncations(source),
     }

@@ -1,4 +1,4 @@
-"""sha256 of every file of an export, written last: what was copied badly or changed since is named."""
+"""What an export is known by: conan.json, and the manifest, written last: what was copied badly or changed since is named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from conan_jax.data.manifest import sha256_of
 from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_json
 
-MANIFEST = "manifest.json"
+OURS, OURS_FORMAT = "conan.json", 1  # what this package reads of an export
+MANIFEST = "manifest.json"  # sha256 of every file
 FORMAT = 1
 
 
