@@ -26,7 +26,7 @@ from conan_jax.files import replacing_folder, write_file, write_json
 from conan_jax.hf import manifest
 from conan_jax.hf.manifest import OURS, OURS_FORMAT
 from conan_jax.hf.weights import from_tensors, read_tensors, write_safetensors
-from conan_jax.inference.encoder import DEFAULT_MAX_LENGTH
+from conan_jax.inference.encoder import default_max_length
 
 DTYPES = ("float32", "bfloat16")
 SENTENCE_TRANSFORMERS = "5.2.0"
@@ -74,17 +74,12 @@ def export(
     return ours
 
 
-def max_length(model: config.Model) -> int:
-    """Tokens a text is cut to unless the user says otherwise; as `Encoder`."""
-    return min(DEFAULT_MAX_LENGTH, model.max_length)
-
-
 def _describe(source: Source, form: Form) -> dict[str, Any]:
     identity = source.identity if form.dtype == "float32" else {**source.identity, "dtype": form.dtype}
     return {
         "format": OURS_FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder",
-        "architecture": form.architecture, "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model), "identity": identity, "prompts": source.prompts,
-        "max_length": max_length(form.model), "dims": truncations(source),
+        "architecture": form.architecture, "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model),
+        "identity": identity, "prompts": source.prompts, "max_length": default_max_length(form.model), "dims": truncations(source),
     }
 
 
@@ -106,7 +101,7 @@ def _write_modules(folder: Path, source: Source, model: config.Model) -> None:
     write_json(folder / "modules.json", [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length(model), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": default_max_length(model), "do_lower_case": False})
     chosen = {"mean": "mean_tokens", "last": "lasttoken"}[model.pooling]
     legacy = {f"pooling_mode_{kind}": kind == chosen for kind in
               ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}

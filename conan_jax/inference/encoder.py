@@ -188,7 +188,7 @@ class Encoder:
 
     def row_length(self, max_length: int | None = None) -> int:
         """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
-        longest = min(DEFAULT_MAX_LENGTH, self.model.max_length) if max_length is None else max_length
+        longest = default_max_length(self.model) if max_length is None else max_length
         if not is_whole(longest) or not 2 <= longest <= self.model.max_length:
             raise ConfigError(f"max_length must be a whole number in [2, {self.model.max_length}], what the model knows; got {longest!r}")
         return longest
@@ -226,6 +226,11 @@ class Encoder:
                 yield _collected(*pending.popleft())
         while pending:
             yield _collected(*pending.popleft())
+
+
+def default_max_length(model: config.Model) -> int:
+    """Tokens a text is cut to unless the user says otherwise."""
+    return min(DEFAULT_MAX_LENGTH, model.max_length)
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, length: int, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
