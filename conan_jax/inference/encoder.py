@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32, Num
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from conan_jax import config
 from conan_jax.data.tokenizer import AnyTokenizer
@@ -23,6 +22,7 @@ from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
 from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
+from conan_jax.inference.progress import rate, text_bars
 from conan_jax.inference.prompts import DOCUMENT, QUERY
 from conan_jax.inference.tokens import prompt_tokens, token_rows
 from conan_jax.model import Bidirectional, Mask
@@ -275,10 +275,8 @@ class _progress:
     """A bar with rate and time left, or nothing: `with _progress(total, shown) as advance`."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
-                   TextColumn("ETA"), TimeRemainingColumn())
-        self._bar = Progress(*columns, disable=not shown)
-        self._task = self._bar.add_task("", total=total, rate="")
+        self._bar = text_bars(disable=not shown)
+        self._task = self._bar.add_task("encoding", total=total, rate="")
 
     def __enter__(self) -> Any:
         self._bar.start()
@@ -288,5 +286,4 @@ class _progress:
         self._bar.stop()
 
     def _advance(self, count: int) -> None:
-        speed = self._bar.tasks[0].speed
-        self._bar.update(self._task, advance=count, rate=f"{speed:,.0f} texts/s" if speed else "")
+        self._bar.update(self._task, advance=count, rate=rate(self._bar.tasks[0].speed))
