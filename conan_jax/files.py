@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and JSON objects read with an error that names the file."""
+"""Files and folders that are written whole or not at all, and JSON objects read with an error that names the file."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,29 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A folder beside `out` to write in. It takes the place of `out` when the block ends well and is removed when it does not.
+
+    An empty folder gives way, one that holds anything only by `force`. Raises `DataError` for an `OSError`, the block's own as well.
+    """
+    partial, old = (out.with_name(f".{out.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if force and out.exists():
+            os.replace(out, old)
+        os.replace(partial, out)
+    except OSError as error:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room and that the folder may be "
+                        "written") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

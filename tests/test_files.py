@@ -5,7 +5,7 @@ import os
 import pytest
 
 from conan_jax.errors import DataError
-from conan_jax.files import read_json, replacing, write_json
+from conan_jax.files import read_json, replacing, replacing_folder, write_json
 
 
 def test_what_is_written_is_read_and_nothing_else_lies_there(tmp_path):
@@ -30,3 +30,16 @@ def test_a_damaged_file_is_named(tmp_path, content, said):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=f"a.json.*{said}"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_folder_that_holds_something_gives_way_only_by_force(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with replacing_folder(out) as partial:
+        (partial / "a").write_text("first")
+    with pytest.raises(DataError, match="cannot be written"), replacing_folder(out) as partial:
+        (partial / "a").write_text("second")
+    assert (out / "a").read_text() == "first"
+    with replacing_folder(out, force=True) as partial:
+        (partial / "b").write_text("third")
+    assert [path.name for path in out.iterdir()] == ["b"] and [path.name for path in tmp_path.iterdir()] == ["out"]

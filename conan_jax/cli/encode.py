@@ -103,11 +103,10 @@ class _Bar:
 
     def __init__(self, title: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                   TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        from conan_jax.inference.progress import text_bars
+
+        self._progress = text_bars(console=Console(stderr=True))
         self._task = self._progress.add_task(title, total=None, rate="")
         self._first: int | None = None
 
@@ -122,9 +121,10 @@ class _Bar:
         self._progress.console.print(f"conan: {line}", highlight=False, soft_wrap=True)
 
     def __call__(self, done: int, total: int) -> None:
+        from conan_jax.inference.progress import rate
+
         if self._first is None:
             self._first = done
             self._progress.reset(self._task, total=total, completed=done)
         elapsed = self._progress.tasks[0].elapsed or 0
-        rate = f"{(done - self._first) / elapsed:,.0f} texts/s" if elapsed and done > self._first else ""
-        self._progress.update(self._task, completed=done, rate=rate)
+        self._progress.update(self._task, completed=done, rate=rate((done - self._first) / elapsed if elapsed else None))

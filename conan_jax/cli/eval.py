@@ -105,11 +105,10 @@ class _Bars:
     """A bar over the sets and one over the texts of the set at hand, with their rate and what is left."""
 
     def __init__(self, console: Console, sets: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from conan_jax.inference.progress import text_bars
 
         self._console = console
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                                  TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self._progress = text_bars(eta="", console=console, transient=True)
         self._sets = self._progress.add_task("sets", total=sets, rate="")
         self._texts = self._progress.add_task("", total=None, rate="", visible=False)
 
@@ -121,12 +120,13 @@ class _Bars:
         self._progress.stop()
 
     def begin(self, evaluation: Any) -> Any:
+        from conan_jax.inference.progress import rate
+
         self._progress.reset(self._texts, description=evaluation.name, total=None, rate="", visible=True)
 
         def encoded(done: int, total: int) -> None:
             self._progress.update(self._texts, completed=done, total=total)
-            speed = self._progress.tasks[self._texts].speed
-            self._progress.update(self._texts, rate=f"{speed:,.0f} texts/s" if speed else "")
+            self._progress.update(self._texts, rate=rate(self._progress.tasks[self._texts].speed))
 
         return encoded
 

@@ -29,13 +29,13 @@ class JsonTokenizer:
 
     def __init__(
         self, content: bytes, *, eos_id: int, pad_id: int | None = None, bos_id: int | None = None, unk_id: int | None = None,
-        settings: dict[str, Any] | None = None, origin: str = "the given bytes",
+        settings: dict[str, Any] | None = None, origin: str = "the given bytes", parsed: tokenizers.Tokenizer | None = None,
     ) -> None:
-        """`content` is that of `tokenizer.json`, `settings` that of `tokenizer_config.json`; raises `DataError` when it is none."""
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises Exception itself
-            raise DataError(f"{origin} is no tokenizer.json that can be read ({str(error)[:200]}); copy it anew") from error
+        """`content` is that of `tokenizer.json`, `settings` that of `tokenizer_config.json`; raises `DataError` when it is none.
+
+        `parsed`: what the library makes of `content`, where that is known.
+        """
+        self._tokenizer = _parsed(content, origin) if parsed is None else parsed
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -61,7 +61,8 @@ class JsonTokenizer:
         folder = Path(folder)
         content, settings = (folder / JSON_FILE).read_bytes(), read_json(folder / CONFIG_FILE, {})
         if not (folder / SETTINGS_FILE).is_file():
-            return cls(content, **_special_ids(folder, content, settings), settings=settings, origin=str(folder / JSON_FILE))
+            parsed = _parsed(content, str(folder / JSON_FILE))
+            return cls(content, **_special_ids(folder, parsed, settings), settings=settings, origin=str(folder / JSON_FILE), parsed=parsed)
         ours = read_json(folder / SETTINGS_FILE)
         try:
             ids = {f"{name}_id": ours[f"{name}_id"] for name in _NAMES}
@@ -107,13 +108,15 @@ class JsonTokenizer:
 
     def content(self, add_eos: bool) -> dict[str, Any]:
         """`tokenizer.json` whose readers get what the model is trained on: the ids of `encode`, then EOS when `add_eos`."""
-        data = json.loads(self._content)
-        eos = self._tokenizer.id_to_token(self.eos_id)
-        special = {eos: {"id": eos, "ids": [self.eos_id], "tokens": [eos]}}
-        text, pair = ([{"Sequence": {"id": part, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}]
-                      for i, part in enumerate("AB"))
-        data["post_processor"] = {"type": "TemplateProcessing", "single": text, "pair": text + pair, "special_tokens": special}
-        return {**data, "post_processor": data["post_processor"] if add_eos else None, "truncation": None, "padding": None}
+        ending = ends_in(self._tokenizer.id_to_token(self.eos_id), self.eos_id) if add_eos else None
+        return {**json.loads(self._content), "post_processor": ending, "truncation": None, "padding": None}
+
+
+def ends_in(eos: str, eos_id: int) -> dict[str, Any]:
+    """The post-processor that puts `eos` after every text; when a text is cut to a length, it keeps its place."""
+    text, pair = ([{"Sequence": {"id": name, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}] for i, name in enumerate("AB"))
+    return {"type": "TemplateProcessing", "single": text, "pair": text + pair,
+            "special_tokens": {eos: {"id": eos, "ids": [eos_id], "tokens": [eos]}}}
 
 
 def is_tokenizer_json(path: Path) -> bool:
@@ -131,12 +134,15 @@ def refuse_surrogates(texts: Sequence[str]) -> None:
             raise DataError(f"a text holds a lone surrogate at character {error.start}, so it is not valid Unicode: {where!r}") from error
 
 
-def _special_ids(folder: Path, content: bytes, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the files of a Hugging Face folder say of pad, unk, bos and eos: names of tokens first, then the ids of `config.json`."""
+def _parsed(content: bytes, origin: str) -> tokenizers.Tokenizer:
     try:
-        known = tokenizers.Tokenizer.from_str(content.decode("utf-8")).token_to_id
+        return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises Exception itself
-        raise DataError(f"{folder / JSON_FILE} is no tokenizer.json that can be read ({str(error)[:200]}); copy it anew") from error
+        raise DataError(f"{origin} is no tokenizer.json that can be read ({str(error)[:200]}); copy it anew") from error
+
+
+def _special_ids(folder: Path, parsed: tokenizers.Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the files of a Hugging Face folder say of pad, unk, bos and eos: names of tokens first, then the ids of `config.json`."""
     model = read_json(folder / "config.json", {})
     found: dict[str, Any] = {}
     for name in _NAMES:
@@ -144,7 +150,7 @@ def _special_ids(folder: Path, content: bytes, settings: dict[str, Any]) -> dict
         token = token.get("content") if isinstance(token, dict) else token
         given = model.get(f"{name}_token_id")
         given = given[0] if isinstance(given, list) and given else given
-        by_name = known(token) if isinstance(token, str) else None
+        by_name = parsed.token_to_id(token) if isinstance(token, str) else None
         found[f"{name}_id"] = by_name if by_name is not None else given if isinstance(given, int) and given >= 0 else None
     if found["eos_id"] is None:
         raise DataError(f"nothing in {folder} says which token ends a text: name it as \"eos_token\" in {CONFIG_FILE}, "

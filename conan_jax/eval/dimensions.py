@@ -7,6 +7,7 @@ from pathlib import Path
 from conan_jax import config, config_io
 from conan_jax.errors import ConfigError
 from conan_jax.files import read_json
+from conan_jax.hf.manifest import OURS
 
 SMALLEST = 16
 
@@ -16,7 +17,7 @@ def dimensions_of(folder: Path, width: int) -> list[int]:
 
     Where its recipe names none, or is not there: the width, its half, its quarter ... down to 16.
     """
-    exported = read_json(folder / "conan.json", {})
+    exported = read_json(folder / OURS, {})
     if len(exported.get("dims", ())) > 1:
         return sorted(exported["dims"])
     for place in (folder, folder.parent):

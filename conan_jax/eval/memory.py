@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from conan_jax.inference.encoder import normalised
+
 TEXTS_PER_CALL = 2048  # between two movements of a progress bar
 
 
@@ -77,4 +79,4 @@ class Truncated(_BothSides):
     ) -> Float32[np.ndarray, "N d"]:
         """The vectors of `encoder`, cut and of length 1; a vector that is zero up to there stays zero."""
         vectors = self._encoder.encode(inputs, prompt_name, prompt, max_length=max_length)[:, : self.dimension]
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return normalised(vectors)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from conan_jax.eval.diagnostics import diagnose
 from conan_jax.eval.memory import Remembering
 from conan_jax.eval.suite import Suite, files_of, with_prompts
 from conan_jax.files import read_json, write_json
+from conan_jax.versions import versions_of
 
 RESULTS, DIAGNOSTICS = "results.json", "diagnostics.json"
 PACKAGES = ("conan_jax", "jax", "numpy", "scikit-learn", "scipy", "ir-measures", "sentencepiece")
@@ -80,10 +80,4 @@ def data_sha256(evaluation: config.Evaluation) -> str:
 
 def versions() -> dict[str, str]:
     """Python and the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of(PACKAGES)}

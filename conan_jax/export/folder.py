@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from conan_jax import __version__, config
 from conan_jax.config_io import to_dict
-from conan_jax.errors import ConfigError, DataError
-from conan_jax.export import card, check_vector, manifest
+from conan_jax.errors import ConfigError
+from conan_jax.export import card, check_vector
 from conan_jax.export.form import TRANSFORMERS, Form, form_of
 from conan_jax.export.source import Source, open_source
 from conan_jax.export.tokenizer_files import write_tokenizer
-from conan_jax.files import write_file, write_json
+from conan_jax.files import replacing_folder, write_file, write_json
+from conan_jax.hf import manifest
+from conan_jax.hf.manifest import OURS, OURS_FORMAT
 from conan_jax.hf.weights import from_tensors, read_tensors, write_safetensors
-from conan_jax.inference.encoder import DEFAULT_MAX_LENGTH
+from conan_jax.inference.encoder import default_max_length
 
-OURS = "conan.json"
-FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 SENTENCE_TRANSFORMERS = "5.2.0"
 
@@ -57,7 +54,7 @@ def export(
     _refuse_taken(out, force)
     source = open_source(run, stage, step)
     form = form_of(source, dtype)
-    with _whole_or_not_at_all(out) as folder:
+    with replacing_folder(out, force) as folder:
         for file in write_safetensors(folder, form.tensors):
             file.chmod(0o644)  # the library writes them for their owner alone
         ours = _describe(source, form)
@@ -77,17 +74,12 @@ def export(
     return ours
 
 
-def max_length(model: config.Model) -> int:
-    """Tokens a text is cut to unless the user says otherwise; as `Encoder`."""
-    return min(DEFAULT_MAX_LENGTH, model.max_length)
-
-
 def _describe(source: Source, form: Form) -> dict[str, Any]:
     identity = source.identity if form.dtype == "float32" else {**source.identity, "dtype": form.dtype}
     return {
-        "format": FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder", "architecture": form.architecture,
-        "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model), "identity": identity, "prompts": source.prompts,
-        "max_length": max_length(form.model), "dims": truncations(source),
+        "format": OURS_FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder",
+        "architecture": form.architecture, "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model),
+        "identity": identity, "prompts": source.prompts, "max_length": default_max_length(form.model), "dims": truncations(source),
     }
 
 
@@ -109,7 +101,7 @@ def _write_modules(folder: Path, source: Source, model: config.Model) -> None:
     write_json(folder / "modules.json", [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length(model), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": default_max_length(model), "do_lower_case": False})
     chosen = {"mean": "mean_tokens", "last": "lasttoken"}[model.pooling]
     legacy = {f"pooling_mode_{kind}": kind == chosen for kind in
               ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
@@ -138,23 +130,3 @@ def _refuse_taken(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} holds files that are no export of `conan export`; name another folder")
     if not force:
         raise ConfigError(f"{out} holds an export already; replace it with --force, or name another folder")
-
-
-@contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
-    partial, old = (out.with_name(f".{out.name}.{what}.{os.getpid()}") for what in ("new", "old"))
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            os.replace(out, old)
-        os.replace(partial, out)
-    except OSError as error:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room and that the folder may be "
-                        "written") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -13,6 +13,7 @@ from conan_jax import config, config_io
 from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.files import read_json
 from conan_jax.hf.importer import Origin, read_origin
+from conan_jax.hf.manifest import OURS
 from conan_jax.inference.load import load, settled
 from conan_jax.model import Causal, Embedder, SoftMask
 from conan_jax.model.pooling import POOLINGS
@@ -56,7 +57,7 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
         ConfigError: the model has no form that PyTorch users can load: an unfinished mask, or a pooling of its own.
     """
     folder = Path(folder)
-    if (folder / "conan.json").is_file():
+    if (folder / OURS).is_file():
         raise ConfigError(f"{folder} is an export already; name the folder of the run that it was made from")
     place, found = start_rule.locate(_place(folder, stage, step))
     loaded = load(f"{place}@{found}")

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from conan_jax.errors import ConfigError
+from conan_jax.versions import versions_of
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 Side = Literal["left", "right"]
@@ -38,13 +39,7 @@ def require() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what is installed here."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(PACKAGES)
 
 
 def ignores_flags() -> str:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from conan_jax.config_io import build, to_dict
 from conan_jax.data.json_tokenizer import JSON_FILE, JsonTokenizer
 from conan_jax.data.tokenizer import MODEL_FILE, AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
-from conan_jax.files import read_json, write_json
+from conan_jax.files import read_json, replacing_folder, write_json
 from conan_jax.hf.architectures import ARCHITECTURES, from_hf_config, is_causal, to_hf_config
 from conan_jax.hf.weights import DAMAGED, DTYPES, from_tensors, is_causal_form, read_tensors
 from conan_jax.stages.imported import KIND
@@ -140,19 +139,11 @@ def write_run(
     Raises `ConfigError` when something stands at `out`, `CheckpointError` or `DataError` when it cannot be written.
     """
     refuse_taken(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with replacing_folder(out) as partial:
         tokenizer.save(partial / "data" / "tokenizer")
         checkpoint.write_weights(partial / stage.name, step, params, checkpoint.make_metadata(run, stage, tokenizer.sha256))
         for name, content in {**files, "config.json": to_dict(run)}.items():
             write_json(partial / name, content)
-        os.replace(partial, out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}; check that the disk has room and that the folder may be "
-                        "written") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

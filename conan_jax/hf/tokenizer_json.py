@@ -19,6 +19,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from conan_jax.data.json_tokenizer import ends_in
 from conan_jax.data.tokenizer import EOS, UNK, AnyTokenizer, Tokenizer
 from conan_jax.errors import DataError
 
@@ -50,7 +51,7 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = (), add_eos: b
         "added_tokens": [],
         "normalizer": None,
         "pre_tokenizer": prompt_split(prompts),
-        "post_processor": _ends(model.pieces[EOS].piece) if add_eos else None,
+        "post_processor": ends_in(model.pieces[EOS].piece, EOS) if add_eos else None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": model.pieces[UNK].piece, "continuing_subword_prefix": None,
@@ -78,13 +79,6 @@ def tokenizer_config(tokenizer: AnyTokenizer, content: dict[str, Any], max_lengt
 def prompt_split(prompts: Iterable[str] = ()) -> dict[str, Any]:
     """A pre-tokeniser that cuts a text where its prompt ends: one of `prompts`, or "Instruct: ...\\nQuery: "."""
     return {"type": "Split", "pattern": {"Regex": _prompt_pattern(prompts)}, "behavior": "Isolated", "invert": False}
-
-
-def _ends(eos: str) -> dict[str, Any]:
-    """EOS after every text; when a text is cut to a length, it keeps its place."""
-    text, pair = ([{"Sequence": {"id": name, "type_id": i}}, {"SpecialToken": {"id": eos, "type_id": i}}] for i, name in enumerate("AB"))
-    return {"type": "TemplateProcessing", "single": text, "pair": text + pair,
-            "special_tokens": {eos: {"id": eos, "ids": [EOS], "tokens": [eos]}}}
 
 
 def _prompt_pattern(prompts: Iterable[str]) -> str:

@@ -29,7 +29,7 @@ from conan_jax.errors import ConfigError, DataError
 from conan_jax.files import read_json, replacing, write_json
 from conan_jax.folder_lock import FolderLock
 from conan_jax.inference.identity import described
-from conan_jax.inference.precision import DTYPES, Precision, check_precision, kept_dimensions, quantize, width
+from conan_jax.inference.precision import DTYPES, Precision, check_precision, checked_ranges, kept_dimensions, quantize, width
 from conan_jax.inference.source import TextSource
 
 FORMAT = 1
@@ -137,8 +137,8 @@ def check_settings(encoder: Any, out: Path, settings: Settings, ranges: np.ndarr
                           "--ranges SAMPLE.npy")
     if ranges is not None and not quantised:
         raise ConfigError(f"ranges are for int8 and uint8, not for {settings.precision}")
-    if ranges is not None and np.shape(ranges) != (2, dimension):
-        raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {np.shape(ranges)}")
+    if ranges is not None:
+        checked_ranges(np.asarray(ranges), dimension)
 
 
 def _description(out: Path) -> dict[str, Any] | None:

@@ -12,8 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Num
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from jaxtyping import Array, Float, Float32, Num
 
 from conan_jax import config
 from conan_jax.data.tokenizer import AnyTokenizer
@@ -23,6 +22,7 @@ from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
 from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
+from conan_jax.inference.progress import rate, text_bars
 from conan_jax.inference.prompts import DOCUMENT, QUERY
 from conan_jax.inference.tokens import prompt_tokens, token_rows
 from conan_jax.model import Bidirectional, Mask
@@ -191,7 +191,7 @@ class Encoder:
 
     def row_length(self, max_length: int | None = None) -> int:
         """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
-        longest = min(DEFAULT_MAX_LENGTH, self.model.max_length) if max_length is None else max_length
+        longest = default_max_length(self.model) if max_length is None else max_length
         if not is_whole(longest) or not 2 <= longest <= self.model.max_length:
             raise ConfigError(f"max_length must be a whole number in [2, {self.model.max_length}], what the model knows; got {longest!r}")
         return longest
@@ -221,11 +221,13 @@ class Encoder:
             np.array([len(row) for row in rows], np.int64), longest=longest, most_rows=batch_size * len(devices),
             most_tokens=TOKENS_PER_BATCH[kind] * len(devices), multiple=len(devices),
             shape_tokens=OPERATIONS_PER_SHAPE[kind] * len(devices) / self._forward.operations_per_token)
-        def compute(batch: buckets.Batch) -> tuple[np.ndarray, np.ndarray]:
-            shaped = padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length)
-            return batch.members, np.asarray(self._forward(*shaped))[: len(batch.members)]
 
-        # Programs that span devices are launched from one thread, so that every device meets them in one order.
+        def compute(batch: buckets.Batch) -> tuple[np.ndarray, Array]:
+            shaped = padded([rows[i] for i in batch.members], batch.rows, batch.length, prompt_length)
+            vectors = self._forward(*shaped)
+            return batch.members, vectors if len(devices) > 1 else vectors.block_until_ready()
+
+        # Programs that span devices are launched by one thread, so that every device meets them in one order.
         with ThreadPoolExecutor(IN_FLIGHT if len(devices) == 1 else 1, "encode") as pool:
             pending: deque[Future] = deque()
             for batch in planned:
@@ -234,9 +236,14 @@ class Encoder:
                     pending[-1].result()  # two threads would compile the same programs
                     self._shapes.add((batch.rows, batch.length))
                 if len(pending) >= IN_FLIGHT:
-                    yield pending.popleft().result()
+                    yield _collected(*pending.popleft().result())
             while pending:
-                yield pending.popleft().result()
+                yield _collected(*pending.popleft().result())
+
+
+def default_max_length(model: config.Model) -> int:
+    """Tokens a text is cut to unless the user says otherwise."""
+    return min(DEFAULT_MAX_LENGTH, model.max_length)
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, length: int, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -253,6 +260,10 @@ def normalised(vectors: Num[np.ndarray, "N D"]) -> Float32[np.ndarray, "N D"]:
     vectors = np.asarray(vectors, np.float32)
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
+
+
+def _collected(members: np.ndarray, vectors: Array) -> tuple[np.ndarray, np.ndarray]:
+    return members, np.asarray(vectors)[: len(members)]
 
 
 def _comparable(a: Any, b: Any) -> tuple[Num[np.ndarray, "N D"], Num[np.ndarray, "M D"]]:
@@ -277,10 +288,8 @@ class _progress:
     """A bar with rate and time left, or nothing: `with _progress(total, shown) as advance`."""
 
     def __init__(self, total: int, shown: bool) -> None:
-        columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
-                   TextColumn("ETA"), TimeRemainingColumn())
-        self._bar = Progress(*columns, disable=not shown)
-        self._task = self._bar.add_task("", total=total, rate="")
+        self._bar = text_bars(disable=not shown)
+        self._task = self._bar.add_task("encoding", total=total, rate="")
 
     def __enter__(self) -> Any:
         self._bar.start()
@@ -290,5 +299,4 @@ class _progress:
         self._bar.stop()
 
     def _advance(self, count: int) -> None:
-        speed = self._bar.tasks[0].speed
-        self._bar.update(self._task, advance=count, rate=f"{speed:,.0f} texts/s" if speed else "")
+        self._bar.update(self._task, advance=count, rate=rate(self._bar.tasks[0].speed))

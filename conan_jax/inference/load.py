@@ -11,17 +11,15 @@ import jax.numpy as jnp
 
 from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
-from conan_jax.data.manifest import sha256_of
 from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json
+from conan_jax.hf.manifest import OURS, OURS_FORMAT, refuse_altered
 from conan_jax.hf.weights import DAMAGED, from_tensors, read_tensors
 from conan_jax.inference.prompts import prompts_of
 from conan_jax.model import Bidirectional, Causal, Embedder, Mask
 from conan_jax.stages import make_stage
 from conan_jax.train import checkpoint, start_rule
-
-EXPORT_FILE, EXPORT_FORMAT = "conan.json", 1
 
 
 class Loaded(NamedTuple):
@@ -47,7 +45,7 @@ def load(folder: str | os.PathLike[str]) -> Loaded:
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError(f"name the folder of a run, of a stage or of an export, got {folder!r:.80}")
     folder = Path(folder)
-    return _load_export(folder) if (folder / EXPORT_FILE).is_file() else _load_stage(*start_rule.locate(folder))
+    return _load_export(folder) if (folder / OURS).is_file() else _load_stage(*start_rule.locate(folder))
 
 
 def untrained(run: config.Run, tokenizer: AnyTokenizer) -> Loaded:
@@ -75,26 +73,22 @@ def settled(mask: Mask) -> Mask:
 
 
 def _load_export(folder: Path) -> Loaded:
-    described = read_json(folder / EXPORT_FILE, advice=DAMAGED)
-    if described.get("format") != EXPORT_FORMAT:
-        raise CheckpointError(f"{folder / EXPORT_FILE} has format {described.get('format')!r}; this version reads {EXPORT_FORMAT}")
-    _refuse_altered(folder)
+    described = read_json(folder / OURS, advice=DAMAGED)
+    if described.get("format") != OURS_FORMAT:
+        raise CheckpointError(f"{folder / OURS} has format {described.get('format')!r}; this version reads {OURS_FORMAT}")
+    refuse_altered(folder, _is_read)
     try:
         model = config_io.build(config.Model, described["model"], "model")
         mask = {"causal": Causal(), "bidirectional": Bidirectional()}[described["mask"]]
         identity, prompts = dict(described["identity"]), dict(described["prompts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / EXPORT_FILE} is damaged ({type(error).__name__}: {error}); export the run again") from error
+        raise CheckpointError(f"{folder / OURS} is damaged ({type(error).__name__}: {error}); export the run again") from error
     return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, Tokenizer.load(folder), mask, identity, prompts)
 
 
-def _refuse_altered(folder: Path) -> None:
-    """The files that are read must be those that were written."""
-    recorded = read_json(folder / "manifest.json", {}, DAMAGED).get("files", {})
-    for name, facts in recorded.items():
-        if name.endswith(".safetensors") or name in (EXPORT_FILE, "tokenizer.model", "tokenizer.json"):
-            if not (folder / name).is_file() or sha256_of(folder / name) != facts.get("sha256"):
-                raise CheckpointError(f"{folder / name} is missing or not as it was written; copy the folder anew, or export the run again")
+def _is_read(name: str) -> bool:
+    """Whether this file of an export is read here; the others are for other readers."""
+    return name.endswith(".safetensors") or name in (OURS, "tokenizer.model", "tokenizer.json")
 
 
 def find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> AnyTokenizer:

@@ -72,7 +72,7 @@ def quantize(
         return bits if precision == "ubinary" else (bits ^ 128).view(np.int8)
     if not len(vectors):
         return np.zeros(vectors.shape, DTYPES[precision])
-    low, high = _checked(ranges_of(vectors) if ranges is None else np.asarray(ranges, np.float32), vectors.shape[1])
+    low, high = checked_ranges(ranges_of(vectors) if ranges is None else np.asarray(ranges, np.float32), vectors.shape[1])
     step = (high - low) / 255
     levels = np.clip(np.floor((vectors - low) / np.where(step == 0, 1, step)), 0, 255)
     return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)
@@ -86,12 +86,13 @@ def dequantize(vectors: Num[np.ndarray, "N W"], precision: Precision, dimension:
     if precision.endswith("binary"):
         bits = np.unpackbits(vectors.view(np.uint8) ^ (128 if precision == "binary" else 0), axis=-1, count=dimension)
         return (bits * np.float32(2) - 1) / np.float32(np.sqrt(dimension))
-    low, high = _checked(np.asarray(ranges, np.float32), dimension)
+    low, high = checked_ranges(np.asarray(ranges, np.float32), dimension)
     levels = vectors.astype(np.float32) + (128.5 if precision == "int8" else 0.5)
     return low + levels * ((high - low) / 255)
 
 
-def _checked(ranges: np.ndarray, dimension: int) -> np.ndarray:
+def checked_ranges(ranges: np.ndarray, dimension: int) -> np.ndarray:
+    """`ranges`. Raises `ConfigError` unless they are the lowest and the highest of each of `dimension` numbers."""
     if ranges.shape != (2, dimension):
         raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {ranges.shape}")
     return ranges

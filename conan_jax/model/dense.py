@@ -94,7 +94,8 @@ def _part_forward(q: Array, k: Array, v: Array, scale: Scale) -> tuple[Array, tu
 
 
 def _part_backward(
-    q: Array, k: Array, v: Array, factor: Array | None, out: Array, d_out: Array, p: Float[Array, "B K GL L"], total: Float[Array, "B K GL 1"]
+    q: Array, k: Array, v: Array, factor: Array | None, out: Array, d_out: Array, p: Float[Array, "B K GL L"],
+    total: Float[Array, "B K GL 1"],
 ) -> tuple[Array, Array, Array]:
     (_, L, H, C), K = q.shape, k.shape[2]
     through_softmax = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)

@@ -6,7 +6,6 @@ out, so a run may be looked at while it trains.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_file
 from conan_jax.train.charts import Line, bars, curves
 from conan_jax.train.pictures import of_stages
+from conan_jax.versions import versions_of
 
 BASELINES = ("untrained", "bm25")
 HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy", "f1", "v_measure")
@@ -313,13 +313,8 @@ def _flat(value: Any, prefix: str = "") -> Any:
 
 def versions() -> dict[str, str]:
     """Python, system and packages that wrote this page."""
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
+    return {"python": platform.python_version(), "system": system, **versions_of(PACKAGES)}
 
 
 def _title(who: str) -> str:

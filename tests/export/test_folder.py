@@ -15,9 +15,9 @@ import yaml
 
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.export import folder as folder_module
-from conan_jax.export import manifest
 from conan_jax.export.folder import export
 from conan_jax.export.verify import verify
+from conan_jax.hf import manifest
 from conan_jax.inference.encoder import Encoder
 from conan_jax.inference.prompts import prompts_of
 from conan_jax.model import Embedder

@@ -10,8 +10,8 @@ from tokenizers import normalizers
 
 from conan_jax.data.tokenizer import Tokenizer
 from conan_jax.errors import ConfigError
-from conan_jax.export import manifest
 from conan_jax.export.folder import export
+from conan_jax.hf import manifest
 from conan_jax.hf.importer import import_folder
 from conan_jax.hf.weights import read_tensors
 from conan_jax.inference.encoder import Encoder

@@ -1,14 +1,17 @@
-"""sha256 of every file of an export, written last: what was copied badly or changed since is named."""
+"""What an export is known by: conan.json, and the manifest, written last: what was copied badly or changed since is named."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from conan_jax.data.manifest import sha256_of
-from conan_jax.errors import DataError
+from conan_jax.errors import CheckpointError, DataError
 from conan_jax.files import read_json, write_json
+from conan_jax.hf.weights import DAMAGED
 
-MANIFEST = "manifest.json"
+OURS, OURS_FORMAT = "conan.json", 1  # what this package reads of an export
+MANIFEST = "manifest.json"  # sha256 of every file
 FORMAT = 1
 
 
@@ -40,6 +43,17 @@ def check(folder: Path) -> int:
             raise DataError(f"{path} is not as it was exported: its sha256 begins {found[:12]}, "
                             f"{MANIFEST} says {recorded['sha256'][:12]}; {advice}")
     return len(listed["files"])
+
+
+def refuse_altered(folder: Path, is_read: Callable[[str], bool]) -> None:
+    """Compare the files whose names `is_read` picks with the manifest, where there is one.
+
+    Raises `CheckpointError` naming the first that is missing or not as it was written.
+    """
+    for name, recorded in read_json(folder / MANIFEST, {}, DAMAGED).get("files", {}).items():
+        path = folder / name
+        if is_read(name) and (not path.is_file() or sha256_of(path) != recorded.get("sha256")):
+            raise CheckpointError(f"{path} is missing or not as it was written; copy the folder anew, or export the run again")
 
 
 def _files(folder: Path) -> list[str]:
