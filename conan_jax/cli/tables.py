@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from conan_jax.figures import by_language
 from conan_jax.train.report import BASELINES, HEADLINES
 
 
@@ -40,12 +41,7 @@ def suite_tables(results: dict[str, Any]) -> list[Table]:
         sets = {name: found for name, found in results["sets"].items() if found["kind"] == kind}
         tables.append(_figures_table(kind, "set", {name: found["figures"] for name, found in sets.items()}, mean=True))
         for name, found in sets.items():
-            rows: dict[str, dict[str, float]] = {}
-            for key, value in found["figures"].items():
-                figure, slash, language = key.partition("/")
-                if slash:
-                    rows.setdefault(language, {})[figure] = value
-            if rows:
+            if rows := by_language(found["figures"]):
                 tables.append(_figures_table(f"{name}, by language", "language", rows))
     return tables
 

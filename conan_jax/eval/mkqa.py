@@ -20,9 +20,10 @@ import ir_measures
 
 from conan_jax import config
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures, by_language, combine
+from conan_jax.eval.languages import combine
 from conan_jax.eval.records import keep, limited
 from conan_jax.eval.retrieval import RetrievalSet, find, ranks_of, read_corpus, read_lines, score
+from conan_jax.figures import Figures, by_language
 
 MEASURES = {"recall@20": ir_measures.Success @ 20, "recall@100": ir_measures.Success @ 100, "ndcg@10": ir_measures.nDCG @ 10}
 ANSWER_LANGUAGE = "en"  # of the passages

@@ -20,9 +20,9 @@ from jaxtyping import Int
 from conan_jax import config
 from conan_jax.data.bm25 import bm25_ranks
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import keep, language_of, spread
+from conan_jax.figures import Figures
 from conan_jax.inference.top_k import top_k
 
 MEASURES = {

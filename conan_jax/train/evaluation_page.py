@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conan_jax.errors import DataError
+from conan_jax.figures import by_language
 from conan_jax.files import read_json, write_file
 from conan_jax.train.pictures import alignment_and_uniformity, dimensions, pictures_of
 from conan_jax.train.report import PAGES, metric_title, shown_table
@@ -77,11 +78,6 @@ def language_tables(sets: dict[str, Any]) -> list[dict[str, Any]]:
     """A table for each set in several languages."""
     tables = []
     for name, found in sets.items():
-        rows: dict[str, dict[str, float]] = {}
-        for key, value in found["figures"].items():
-            figure, slash, language = key.partition("/")
-            if slash:
-                rows.setdefault(language, {})[figure] = value
-        if rows:
+        if rows := by_language(found["figures"]):
             tables.append(figures_table(f"{name} by language", rows, "language"))
     return tables

@@ -9,13 +9,15 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from conan_jax import config
+from conan_jax import config, figures
+from conan_jax.cli import tables
 from conan_jax.cli.eval import evaluate as command
 from conan_jax.errors import ConfigError, DataError
-from conan_jax.eval import clustering
+from conan_jax.eval import clustering, mkqa
 from conan_jax.eval.results import run_suite
 from conan_jax.eval.suite import files_of, read_suite, select, with_prompts
 from conan_jax.inference.encoder import Encoder
+from conan_jax.train import evaluation_page
 from conan_jax.train.evaluation_page import write_page
 from tests.eval.fakes import WordEncoder
 from tests.eval.test_retrieval import doc, write_beir
@@ -198,6 +200,12 @@ def test_the_page_shows_every_set_and_fetches_nothing(folder):
     assert write_page(out).read_text() == html
     with pytest.raises(DataError, match="holds no results.json"):
         write_page(folder)
+
+
+def test_names_of_figures_are_taken_apart_in_one_place():
+    named = {"f1": 0.4, "f1/de": 0.3, "f1/a/b": 0.5, "recall@20/de": 0.2}
+    assert figures.by_language(named) == {"de": {"f1": 0.3, "recall@20": 0.2}, "a/b": {"f1": 0.5}}
+    assert tables.by_language is evaluation_page.by_language is mkqa.by_language is figures.by_language
 
 
 def test_names_are_escaped(folder):
