@@ -54,32 +54,33 @@ class Check:
 
 @dataclass
 class Report:
-    """What was compared. `layers`: the embeddings (0), then each layer."""
+    """What was compared. `layers`: the embeddings (0), then each layer. `error`: what kept it from being compared, and then no more is known."""
 
     folder: str
-    kind: str
-    dtype: str
-    files: int
+    kind: str = ""
+    dtype: str = ""
+    files: int = 0
     checks: list[Check] = field(default_factory=list)
     layers: list[Check] = field(default_factory=list)
     token_rows: int = 0
     token_rows_that_differ: int = 0
     problems: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def min_cosine(self) -> float:
-        """The worst of all that is held to the float32 bar; NaN when any of it is."""
-        return float(np.min([c.min_cosine for c in (*self.checks, *self.layers) if c.bar == FLOAT32_BAR]))
+        """The worst of all that is held to the float32 bar; NaN when any of it is, and without any."""
+        return float(np.min([c.min_cosine for c in (*self.checks, *self.layers) if c.bar == FLOAT32_BAR] or [np.nan]))
 
     @property
     def ok(self) -> bool:
-        """Every comparison is above its bar and every row has the same token ids."""
-        return all(check.ok for check in (*self.checks, *self.layers)) and not self.token_rows_that_differ
+        """There was no error, every comparison is above its bar and every row has the same token ids."""
+        return self.error is None and all(check.ok for check in (*self.checks, *self.layers)) and not self.token_rows_that_differ
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"ok": self.ok, "min_cosine": self.min_cosine, **asdict(self)}
+        """For `--json`; what is not a number is None, since JSON has no NaN."""
+        return _finite({"ok": self.ok, "min_cosine": self.min_cosine, **asdict(self)})
 
 
 def verify(
@@ -111,6 +112,14 @@ def verify(
                 report.problems.append(problem)
             side.compare(folder, texts, report, progress)
     return report
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _compare(name: str, ours: Float32[np.ndarray, "N D"], theirs: Float32[np.ndarray, "N D"], bar: float = FLOAT32_BAR) -> Check:
