@@ -41,7 +41,7 @@ def verify(
                              progress=lambda what: status.update(f"{what} ..."))
     except ConanError as error:
         if as_json:  # a script that reads the object learns why, as people do from the line on standard error
-            typer.echo(json.dumps(Report(str(folder), error=str(error)).to_dict(), indent=2))
+            typer.echo(json.dumps(Report(str(folder), error=str(error), jax_only=jax_only).to_dict(), indent=2))
         raise
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
@@ -81,5 +81,6 @@ def _print(console: Console, report) -> None:
     for problem in report.problems:
         console.print(f"[bold red]problem:[/bold red] {problem}", highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in report.versions.items()), highlight=False)
-    verdict = "[bold green]verified[/bold green]" if report.ok else "[bold red]not the same[/bold red]"
+    verified = "verified in JAX alone, PyTorch was not asked" if report.jax_only else "verified"
+    verdict = f"[bold green]{verified}[/bold green]" if report.ok else "[bold red]not the same[/bold red]"
     console.print(f"{verdict}: worst cosine {report.min_cosine:.9f}", highlight=False)

@@ -54,7 +54,9 @@ class Check:
 
 @dataclass
 class Report:
-    """What was compared. `layers`: the embeddings (0), then each layer. `error`: what kept it from being compared, and then no more is known."""
+    """What was compared. `layers`: the embeddings (0), then each layer. `jax_only`: PyTorch was not asked, so nothing here says what
+    it computes. `error`: what kept everything from being compared; no more is known then.
+    """
 
     folder: str
     kind: str = ""
@@ -67,6 +69,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    jax_only: bool = False
 
     @property
     def min_cosine(self) -> float:
@@ -100,7 +103,8 @@ def verify(
     progress("files")
     files = manifest.check(folder)
     described, loaded = read_json(folder / OURS, {}), load(folder)
-    report = Report(str(folder), described["kind"], described["dtype"], files, versions={"conan_jax": __version__, "jax": jax.__version__})
+    report = Report(str(folder), described["kind"], described["dtype"], files, versions={"conan_jax": __version__, "jax": jax.__version__},
+                    jax_only=jax_only)
     texts = list(TEXTS if texts is None else texts)
     with jax.default_matmul_precision("highest"):  # float32 products in fewer bits are what an accelerator does by default
         progress("check vectors")

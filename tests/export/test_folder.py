@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from conan_jax.cli.main import app
+from conan_jax.cli.verify import _print
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.export import folder as folder_module
 from conan_jax.export import manifest
@@ -122,6 +124,15 @@ def test_the_command_prints_its_object_on_an_error_too(run, exported, tmp_path, 
     whole = json.loads(conan("verify", exported, "--jax-only", "--json").stdout)
     assert list(found) == list(whole) and whole["ok"] is True and whole["error"] is None
     assert conan("verify", folder, "--jax-only", *more).stdout.strip() == ""
+
+
+def test_a_check_without_pytorch_says_so(exported, capsys):
+    said = conan("verify", exported, "--jax-only").stdout
+    assert "verified in JAX alone, PyTorch was not asked: worst cosine 0.99" in said or "not asked: worst cosine 1.0" in said
+    assert json.loads(conan("verify", exported, "--jax-only", "--json").stdout)["jax_only"] is True
+    _print(Console(), Report("e", checks=[Check("c", 1, 1.0, 0.0, 0.9999)]))
+    whole = capsys.readouterr().out
+    assert "verified: worst cosine 1.0" in whole and "PyTorch" not in whole
 
 
 def test_what_is_no_number_is_null():
