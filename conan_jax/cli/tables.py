@@ -68,5 +68,6 @@ def _figures_table(
         table.add_row(name, how_many(counts.get(name, {})), *(_cell(found.get(figure), bold=i == 0) for i, figure in enumerate(figures)))
     if mean and len(rows) > 1:
         table.add_section()
-        table.add_row("mean", "", *(_cell(sum(f[figure] for f in rows.values()) / len(rows), bold=i == 0) for i, figure in enumerate(figures)))
+        means = [sum(found[figure] for found in rows.values()) / len(rows) for figure in figures]
+        table.add_row("mean", "", *(_cell(value, bold=i == 0) for i, value in enumerate(means)))
     return table
