@@ -91,8 +91,17 @@ def test_sets_are_chosen_by_name_pattern_or_kind_and_bounded(folder):
     assert [e.name for e in select(suite, ["s*", "bitext"]).sets] == ["bitext", "search/dev", "sts/pairs.en.dev"]
     assert [e.name for e in select(suite, ["classification"]).sets] == ["colours"]
     assert {e.max_queries for e in select(suite, max_queries=3).sets} == {3}
-    with pytest.raises(ConfigError, match="no set of the suite is called 'sst'; it has bitext, colours"):
-        select(suite, ["sst"])
+
+
+@pytest.mark.parametrize("wanted, nearest", [
+    ("sst", "sts/pairs.en.dev"), ("colour", "colours"), ("Dev", "search/dev"), ("cluster", "topics/colours_nc")])
+def test_a_name_that_fits_no_set_is_answered_by_the_nearest_a_line_each(folder, wanted, nearest):
+    suite = read_suite(folder)
+    with pytest.raises(ConfigError, match=f"no set of the suite is called '{wanted}'") as raised:
+        select(suite, [wanted])
+    lines = str(raised.value).splitlines()
+    assert [line.split()[0] for line in lines[1:]][0] == nearest and max(map(len, lines)) < 100
+    assert sorted(line.split()[0] for line in lines[1:]) == [e.name for e in suite.sets]
 
 
 def test_languages_keep_what_speaks_them_and_what_says_nothing(folder):
