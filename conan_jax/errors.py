@@ -1,7 +1,8 @@
 """Errors a user can cause, and the exit codes that schedulers read.
 
-Every command ends with one of three codes: 0 done, 42 stopped but resumable (start the same
-command again), 78 wrong configuration or data (restarting cannot help).
+Every command ends with one of four codes: 0 done, 42 stopped but resumable (start the same
+command again), 78 wrong configuration or data (restarting cannot help), and 1 for a check that
+failed (`conan verify`) or an error that is none of ours, with its traceback.
 """
 
 EXIT_DONE = 0

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from conan_jax.errors import DataError
-from conan_jax.train.report import read_run, result_table, write_report
+from conan_jax.train.report import PAGES, read_run, result_table, write_report
 
 STAGES = ("pretrain", "weak", "supervised")
 EXTRA = {
@@ -100,6 +100,15 @@ def test_the_best_trained_figure_is_marked_and_baselines_never(tmp_path):
     assert [c["text"] for c in row["cells"]] == ["0.031", "0.612", "0.100", "0.200", "0.300"]
     assert [c["best"] for c in row["cells"]] == [False, False, False, False, True]
     assert [c["baseline"] for c in row["cells"]] == [True, True, False, False, False]
+
+
+def test_cards_are_written_once_for_both_pages():
+    templates = {name: PAGES.loader.get_source(PAGES, name)[0] for name in ("evaluation.html", "report.html", "macros.html")}
+    assert [name for name, text in templates.items() if 'class="cards"' in text] == ["macros.html"]
+    assert all(text.count("{{ card_row(cards) }}") == 1 for name, text in templates.items() if name != "macros.html")
+    card_row = PAGES.get_template("macros.html").module.card_row
+    shown = Page(card_row([{"label": "time", "value": "1 s", "note": "<all>"}, {"label": "updates", "value": "9", "note": ""}]))
+    assert shown.text == "time 1 s <all> updates 9" and shown.tags.count("div") == 2 and card_row([]).strip() == ""
 
 
 @pytest.mark.parametrize("trained", [(), STAGES[:1], STAGES[:2]])

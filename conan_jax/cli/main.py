@@ -16,7 +16,8 @@ app = typer.Typer(
     name="conan",
     help="Train text embedders from scratch in JAX: raw text -> pretrain -> sft -> weak -> supervised -> search.",
     epilog="Start with [bold]conan demo[/bold], then [bold]conan search[/bold]. "
-           "Exit codes: 0 done, 42 stopped and resumable, 78 wrong configuration or data.",
+           "Exit codes: 0 done, 1 a check that failed (conan verify) or an unexpected error, 42 stopped and resumable, "
+           "78 wrong configuration or data.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -16,7 +16,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears whole or not at all.")],
     weights: Annotated[Optional[str], typer.Option("--weights", metavar="W,W,...", help="One each, of sum 1; default: equal.")] = None,
     method: Annotated[str, typer.Option("--method", help="linear, or slerp of two: along the arc, for each tensor.")] = "linear",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object; its sources by folder, step and weight.")] = False,
 ) -> None:
     """Average the weights of checkpoints of one model: of several runs, or several steps of one stage.
 
@@ -45,7 +45,8 @@ def merge(
         made = average(places, out, weights=shares, method=method, progress=lambda done, _: bar.update(task, completed=done))
     if as_json:
         described = {key: value for key, value in asdict(made).items() if key != "run"}
-        typer.echo(json.dumps({"run": str(out), "method": method, **described}))
+        sources = [dict(zip(("folder", "step", "weight"), source, strict=True)) for source in made.sources]
+        typer.echo(json.dumps({"run": str(out), "method": method, **described, "sources": sources}))
         return
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{out}: " + " + ".join(f"{share:g} x {folder} (step {step})" for folder, step, share in made.sources))

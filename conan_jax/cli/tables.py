@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from conan_jax.figures import by_language, cap_of, how_many
 from conan_jax.train.report import BASELINES, HEADLINES
 
 
@@ -38,27 +39,35 @@ def suite_tables(results: dict[str, Any]) -> list[Table]:
     tables = []
     for kind in dict.fromkeys(found["kind"] for found in results["sets"].values()):
         sets = {name: found for name, found in results["sets"].items() if found["kind"] == kind}
-        tables.append(_figures_table(kind, "set", {name: found["figures"] for name, found in sets.items()}, mean=True))
+        counts = {name: found.get("counts", {}) for name, found in sets.items()}
+        table = _figures_table(kind, "set", {name: found["figures"] for name, found in sets.items()}, counts, mean=True)
+        tables.append(_with_caption(table, cap_of(counts.values())))
         for name, found in sets.items():
-            rows: dict[str, dict[str, float]] = {}
-            for key, value in found["figures"].items():
-                figure, slash, language = key.partition("/")
-                if slash:
-                    rows.setdefault(language, {})[figure] = value
-            if rows:
-                tables.append(_figures_table(f"{name}, by language", "language", rows))
+            if rows := by_language(found["figures"]):
+                parts = {language: {**counts[name], **part} for language, part in counts[name].get("languages", {}).items()}
+                tables.append(_with_caption(_figures_table(f"{name}, by language", "language", rows, parts), cap_of([counts[name]])))
     return tables
 
 
-def _figures_table(title: str, first: str, rows: dict[str, dict[str, float]], mean: bool = False) -> Table:
+def _with_caption(table: Table, caption: str) -> Table:
+    table.caption, table.caption_justify = caption or None, "left"
+    return table
+
+
+def _figures_table(
+    title: str, first: str, rows: dict[str, dict[str, float]], counts: dict[str, dict[str, Any]], mean: bool = False,
+) -> Table:
+    """`counts` of the rows stand beside their names: a figure on 20 queries is another thing than one on 2,000."""
     figures = list(dict.fromkeys(key for found in rows.values() for key in found if "/" not in key))
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
+    table.add_column(next((count["unit"] for count in counts.values() if count), "n"), justify="right")
     for figure in figures:
         table.add_column(figure, justify="right", no_wrap=True)
     for name, found in rows.items():
-        table.add_row(name, *(_cell(found.get(figure), bold=i == 0) for i, figure in enumerate(figures)))
+        table.add_row(name, how_many(counts.get(name, {})), *(_cell(found.get(figure), bold=i == 0) for i, figure in enumerate(figures)))
     if mean and len(rows) > 1:
         table.add_section()
-        table.add_row("mean", *(_cell(sum(f[figure] for f in rows.values()) / len(rows), bold=i == 0) for i, figure in enumerate(figures)))
+        means = [sum(found[figure] for found in rows.values()) / len(rows) for figure in figures]
+        table.add_row("mean", "", *(_cell(value, bold=i == 0) for i, value in enumerate(means)))
     return table

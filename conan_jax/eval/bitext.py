@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Int
 
 from conan_jax import config
-from conan_jax.eval.languages import Figures, combine, split
+from conan_jax.eval.languages import combine, split
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import read_bitext
+from conan_jax.figures import Figures
 from conan_jax.inference.top_k import top_k
 
 

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 
 from conan_jax import config
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures, combine, split
+from conan_jax.eval.languages import combine, split
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import Records, read_records
+from conan_jax.figures import Figures
 
 SAMPLES_PER_LABEL = 8
 EXPERIMENTS = 10

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Figures = dict[str, float]
+from conan_jax.figures import Figures
 
 
 def split(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -25,13 +25,3 @@ def combine(parts: Mapping[str, Figures]) -> Figures:
     names = dict.fromkeys(name for figures in parts.values() for name in figures)
     means = {name: float(np.mean([figures[name] for figures in parts.values() if name in figures])) for name in names}
     return means | {f"{name}/{language}": value for language, figures in parts.items() for name, value in figures.items()}
-
-
-def by_language(figures: Figures) -> dict[str, Figures]:
-    """`{"de": {"ndcg@10": ...}}` out of the keys `ndcg@10/de`."""
-    table: dict[str, Figures] = {}
-    for key, value in figures.items():
-        name, slash, language = key.partition("/")
-        if slash:
-            table.setdefault(language, {})[name] = value
-    return table

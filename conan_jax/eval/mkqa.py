@@ -20,9 +20,10 @@ import ir_measures
 
 from conan_jax import config
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures, by_language, combine
-from conan_jax.eval.records import keep, limited
+from conan_jax.eval.languages import combine
+from conan_jax.eval.records import Records, keep, limited
 from conan_jax.eval.retrieval import RetrievalSet, find, ranks_of, read_corpus, read_lines, score
+from conan_jax.figures import Figures, by_language
 
 MEASURES = {"recall@20": ir_measures.Success @ 20, "recall@100": ir_measures.Success @ 100, "ndcg@10": ir_measures.nDCG @ 10}
 ANSWER_LANGUAGE = "en"  # of the passages
@@ -48,8 +49,20 @@ def read_mkqa(folder: str | Path, max_queries: int | None = None, languages: Seq
     """
     folder = Path(folder)
     corpus = read_corpus(folder)
-    file = find(folder, "mkqa.jsonl")
-    questions: list[dict[str, Any]] = []
+    questions = limited(read_questions(folder, languages), max_queries)
+    rows = PassageIndex(list(corpus.values())).holding(sorted({a for q in questions for a in q["answers"]}))
+    ids = list(corpus)
+    return RetrievalSet(
+        document_ids=ids, documents=list(corpus.values()), query_ids=[f"{q['lang']}:{q['_id']}" for q in questions],
+        queries=[q["text"] for q in questions], languages=[q["lang"] for q in questions],
+        qrels={f"{q['lang']}:{q['_id']}": {ids[row]: 1 for answer in q["answers"] for row in rows[answer]} for q in questions},
+    )
+
+
+def read_questions(folder: str | Path, languages: Sequence[str] = ()) -> Records:
+    """The questions of a folder, one a language: {_id, text, lang, answers}. Raises `DataError` as `read_mkqa` does."""
+    file = find(Path(folder), "mkqa.jsonl")
+    questions: Records = []
     for number, line in read_lines(file):
         try:
             questions += _questions(json.loads(line))
@@ -58,14 +71,7 @@ def read_mkqa(folder: str | Path, max_queries: int | None = None, languages: Seq
                             "or _id, text, lang and answers") from error
     if not questions:
         raise DataError(f"{file} holds no question with a short answer")
-    questions = limited(keep(questions, languages, str(file)), max_queries)
-    rows = PassageIndex(list(corpus.values())).holding(sorted({a for q in questions for a in q["answers"]}))
-    ids = list(corpus)
-    return RetrievalSet(
-        document_ids=ids, documents=list(corpus.values()), query_ids=[f"{q['lang']}:{q['_id']}" for q in questions],
-        queries=[q["text"] for q in questions], languages=[q["lang"] for q in questions],
-        qrels={f"{q['lang']}:{q['_id']}": {ids[row]: 1 for answer in q["answers"] for row in rows[answer]} for q in questions},
-    )
+    return keep(questions, languages, str(file))
 
 
 def _questions(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

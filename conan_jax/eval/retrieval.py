@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from jaxtyping import Int
 from conan_jax import config
 from conan_jax.data.bm25 import bm25_ranks
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures
 from conan_jax.eval.prompts import prompt_of, usable_length
-from conan_jax.eval.records import keep, language_of, spread
+from conan_jax.eval.records import Records, keep, language_of, spread
+from conan_jax.figures import Figures
 from conan_jax.inference.top_k import top_k
 
 MEASURES = {
@@ -54,17 +54,29 @@ def read_beir(folder: str | Path, split: str = "dev", max_queries: int | None = 
     """
     folder = Path(folder)
     documents = read_corpus(folder)
+    judged, qrels = read_queries(folder, split, languages, documents)
+    asked = spread(judged, max_queries)
+    return RetrievalSet(
+        document_ids=list(documents), documents=list(documents.values()), query_ids=[q["_id"] for q in asked],
+        queries=[q["text"] for q in asked], languages=[q["lang"] for q in asked], qrels={q["_id"]: qrels[q["_id"]] for q in asked},
+    )
+
+
+def read_queries(
+    folder: str | Path, split: str = "dev", languages: Sequence[str] = (), documents: Collection[str] | None = None,
+) -> tuple[Records, dict[str, dict[str, int]]]:
+    """The queries with a positive judgement in `split`, each {_id, text, lang}, and all judgements.
+
+    What is judged must be of `documents` where these are given. Raises `DataError` as `read_beir` does.
+    """
+    folder = Path(folder)
     queries = {row["_id"]: row for row in read_rows(find(folder, "queries.jsonl"))}
     qrels = _read_qrels(find(folder, f"qrels/{split}.tsv"), queries, documents)
     judged = [q for q in queries if any(grade > 0 for grade in qrels.get(q, {}).values())]
     if not judged:
         raise DataError(f"{folder}: no query of queries.jsonl has a positive judgement in qrels/{split}.tsv")
-    asked = spread(keep([{"_id": q, "text": queries[q]["text"], "lang": language_of(queries[q])} for q in judged], languages, str(folder)),
-                   max_queries)
-    return RetrievalSet(
-        document_ids=list(documents), documents=list(documents.values()), query_ids=[q["_id"] for q in asked],
-        queries=[q["text"] for q in asked], languages=[q["lang"] for q in asked], qrels={q["_id"]: qrels[q["_id"]] for q in asked},
-    )
+    records = [{"_id": q, "text": queries[q]["text"], "lang": language_of(queries[q])} for q in judged]
+    return keep(records, languages, str(folder)), qrels
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
@@ -147,7 +159,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _read_qrels(path: Path, queries: dict[str, Any], documents: dict[str, Any]) -> dict[str, dict[str, int]]:
+def _read_qrels(path: Path, queries: Collection[str], documents: Collection[str] | None) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
     for number, line in read_lines(path):
         fields = line.rstrip("\r\n").split("\t")
@@ -157,7 +169,7 @@ def _read_qrels(path: Path, queries: dict[str, Any], documents: dict[str, Any]) 
             raise DataError(f"{path}:{number} must be QUERY_ID<tab>DOCUMENT_ID<tab>GRADE, got {line.strip()!r:.80}")
         query, document, grade = fields
         for what, known, name, file in (("query", queries, query, "queries"), ("document", documents, document, "corpus")):
-            if name not in known:
+            if known is not None and name not in known:
                 raise DataError(f"{path}:{number} judges the {what} {name!r}, which is not in the {file} file")
         qrels.setdefault(query, {})[document] = int(grade)
     return qrels

@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from conan_jax import config
 from conan_jax.errors import DataError
-from conan_jax.eval.languages import Figures, combine, split
+from conan_jax.eval.languages import combine, split
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import read_records
+from conan_jax.figures import Figures
 
 
 def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:

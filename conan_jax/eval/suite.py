@@ -13,6 +13,7 @@ Files may end in .gz. Files for training are left alone: those with `train` in t
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,8 @@ def select(suite: Suite, only: Sequence[str] = (), max_queries: int | None = Non
     """
     for wanted in only:
         if not any(_fits(e, wanted) for e in suite.sets):
-            raise ConfigError(f"no set of the suite is called {wanted!r}; it has {', '.join(e.name for e in suite.sets)}")
+            names = "".join(f"\n  {e.name}  ({e.kind})" for e in sorted(suite.sets, key=lambda e: -_likeness(e, wanted)))
+            raise ConfigError(f"no set of the suite is called {wanted!r}, and none is of that kind; it has, nearest first:{names}")
     chosen = [e for e in suite.sets if not only or any(_fits(e, wanted) for wanted in only)]
     if max_queries is not None:
         chosen = [replace(e, max_queries=min(max_queries, e.max_queries or max_queries)) for e in chosen]
@@ -104,6 +106,12 @@ def files_of(evaluation: config.Evaluation) -> list[Path]:
 
 def _fits(evaluation: config.Evaluation, wanted: str) -> bool:
     return wanted in (evaluation.name, evaluation.kind) or fnmatch.fnmatchcase(evaluation.name, wanted)
+
+
+def _likeness(evaluation: config.Evaluation, wanted: str) -> float:
+    """How near a name is that was perhaps meant: 1 is equal, but for capitals."""
+    known = (evaluation.name, evaluation.name.rsplit("/", 1)[-1], evaluation.kind)
+    return max(difflib.SequenceMatcher(None, wanted.lower(), name.lower()).ratio() for name in known)
 
 
 def _listed(file: Path) -> Iterator[config.Evaluation]:

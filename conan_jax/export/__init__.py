@@ -1,5 +1,1 @@
 """What leaves this package: a folder that sentence-transformers loads, its card, and the proof that it computes the same."""
-
-from conan_jax.hf import manifest
-
-__all__ = ["manifest"]

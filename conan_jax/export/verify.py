@@ -22,10 +22,11 @@ from jaxtyping import Float32
 
 from conan_jax import __version__, config
 from conan_jax.errors import DataError
-from conan_jax.export import manifest, torch_side
+from conan_jax.export import torch_side
 from conan_jax.export.folder import OURS
 from conan_jax.export.texts import TEXTS
 from conan_jax.files import read_json
+from conan_jax.hf import manifest
 from conan_jax.inference.encoder import Encoder
 from conan_jax.inference.load import Loaded, load
 from conan_jax.inference.tokens import prompt_tokens, token_rows
@@ -54,32 +55,36 @@ class Check:
 
 @dataclass
 class Report:
-    """What was compared. `layers`: the embeddings (0), then each layer."""
+    """What was compared. `layers`: the embeddings (0), then each layer. `jax_only`: PyTorch was not asked, so nothing here says what
+    it computes. `error`: what kept everything from being compared; no more is known then.
+    """
 
     folder: str
-    kind: str
-    dtype: str
-    files: int
+    kind: str = ""
+    dtype: str = ""
+    files: int = 0
     checks: list[Check] = field(default_factory=list)
     layers: list[Check] = field(default_factory=list)
     token_rows: int = 0
     token_rows_that_differ: int = 0
     problems: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    jax_only: bool = False
 
     @property
     def min_cosine(self) -> float:
-        """The worst of all that is held to the float32 bar; NaN when any of it is."""
-        return float(np.min([c.min_cosine for c in (*self.checks, *self.layers) if c.bar == FLOAT32_BAR]))
+        """The worst of all that is held to the float32 bar; NaN when any of it is, and without any."""
+        return float(np.min([c.min_cosine for c in (*self.checks, *self.layers) if c.bar == FLOAT32_BAR] or [np.nan]))
 
     @property
     def ok(self) -> bool:
-        """Every comparison is above its bar and every row has the same token ids."""
-        return all(check.ok for check in (*self.checks, *self.layers)) and not self.token_rows_that_differ
+        """There was no error, every comparison is above its bar and every row has the same token ids."""
+        return self.error is None and all(check.ok for check in (*self.checks, *self.layers)) and not self.token_rows_that_differ
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"ok": self.ok, "min_cosine": self.min_cosine, **asdict(self)}
+        """For `--json`; what is not a number is None, since JSON has no NaN."""
+        return _finite({"ok": self.ok, "min_cosine": self.min_cosine, **asdict(self)})
 
 
 def verify(
@@ -99,7 +104,8 @@ def verify(
     progress("files")
     files = manifest.check(folder)
     described, loaded = read_json(folder / OURS, {}), load(folder)
-    report = Report(str(folder), described["kind"], described["dtype"], files, versions={"conan_jax": __version__, "jax": jax.__version__})
+    report = Report(str(folder), described["kind"], described["dtype"], files, versions={"conan_jax": __version__, "jax": jax.__version__},
+                    jax_only=jax_only)
     texts = list(TEXTS if texts is None else texts)
     with jax.default_matmul_precision("highest"):  # float32 products in fewer bits are what an accelerator does by default
         progress("check vectors")
@@ -111,6 +117,14 @@ def verify(
                 report.problems.append(problem)
             side.compare(folder, texts, report, progress)
     return report
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _compare(name: str, ours: Float32[np.ndarray, "N D"], theirs: Float32[np.ndarray, "N D"], bar: float = FLOAT32_BAR) -> Check:

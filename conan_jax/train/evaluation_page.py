@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conan_jax.errors import DataError
+from conan_jax.figures import by_language, cap_of, how_many
 from conan_jax.files import read_json, write_file
 from conan_jax.train.pictures import alignment_and_uniformity, dimensions, pictures_of
 from conan_jax.train.report import PAGES, metric_title, shown_table
@@ -42,7 +43,8 @@ def card(kind: str, sets: dict[str, Any]) -> dict[str, str]:
     main = next(iter(sets.values()))["main"]
     mean = sum(s["figures"][main] for s in sets.values()) / len(sets)
     count = "1 set" if len(sets) == 1 else f"{len(sets)} sets"
-    return {"label": TITLES[kind], "value": f"{mean:.3f}", "note": f"{metric_title(main)}, {count}"}
+    capped = ", capped" if cap_of(s.get("counts", {}) for s in sets.values()) else ""
+    return {"label": TITLES[kind], "value": f"{mean:.3f}", "note": f"{metric_title(main)}, {count}{capped}"}
 
 
 def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -56,18 +58,23 @@ def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str,
         known = {name: {k: v for k, v in f.items() if k != "dimensions"} for name, f in known.items()}
     own = [chart for name, f in known.items() for chart in pictures_of(name, f, metric_title(main))]
     few = len(sets) == 1
-    table = figures_table("" if few else f"{len(sets)} sets", {n: s["figures"] for n, s in sets.items()})
-    return {"title": TITLES[kind], "table": table,
+    counts = {name: s.get("counts", {}) for name, s in sets.items()}
+    table = figures_table("" if few else f"{len(sets)} sets", {n: s["figures"] for n, s in sets.items()}, counts)
+    return {"title": TITLES[kind], "table": table, "cap": cap_of(counts.values()),
             "languages": language_tables(sets), "charts": [*filter(None, charts), *(own if few else [])], "further": [] if few else own}
 
 
-def figures_table(title: str, rows: dict[str, dict[str, float]], first: str = "set") -> dict[str, Any]:
-    """Rows: sets or languages; columns: figures."""
+def figures_table(
+    title: str, rows: dict[str, dict[str, float]], counts: dict[str, dict[str, Any]], first: str = "set",
+) -> dict[str, Any]:
+    """Rows: sets or languages, each with its count; columns: figures."""
     names = list(dict.fromkeys(key for figures in rows.values() for key in figures if "/" not in key))
     table = shown_table(title, names, rows, first)
     assert table is not None
     table["columns"] = [metric_title(name) for name in names]
+    table["unit"] = next((count["unit"] for count in counts.values() if count), "n")
     for row in table["rows"]:
+        row["count"] = how_many(counts.get(row["name"], {}))
         for i, cell in enumerate(row["cells"]):
             cell["best"] = i == 0
     return table
@@ -77,11 +84,8 @@ def language_tables(sets: dict[str, Any]) -> list[dict[str, Any]]:
     """A table for each set in several languages."""
     tables = []
     for name, found in sets.items():
-        rows: dict[str, dict[str, float]] = {}
-        for key, value in found["figures"].items():
-            figure, slash, language = key.partition("/")
-            if slash:
-                rows.setdefault(language, {})[figure] = value
-        if rows:
-            tables.append(figures_table(f"{name} by language", rows, "language"))
+        if rows := by_language(found["figures"]):
+            count = found.get("counts", {})
+            parts = {language: {**count, **part} for language, part in count.get("languages", {}).items()}
+            tables.append({**figures_table(f"{name} by language", rows, parts, "language"), "cap": cap_of([count])})
     return tables

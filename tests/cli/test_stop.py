@@ -1,4 +1,4 @@
-"""A signal ends a command with 42, also one that arrives where Python drops what a handler raises."""
+"""A signal ends a command with 42, also one that arrives where Python drops what a handler raises; every exit code is told."""
 
 import subprocess
 import sys
@@ -6,6 +6,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from conan_jax.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 COMMAND = """
@@ -41,3 +44,10 @@ def test_a_stop_is_never_lost_and_cleaning_up_is_not_disturbed(how):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(COMMAND).format(how=how)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (42, "cleaned up\n"), done.stderr
     assert "conan: stopped" in done.stderr
+
+
+def test_every_exit_code_is_listed_where_people_look():
+    for said in (CliRunner().invoke(app, ["--help"]).output, (ROOT / "README.md").read_text(encoding="utf-8")):
+        line = " ".join(said.replace("*", "").split()).partition("Exit codes:")[2]
+        assert [line.find(f" {code} ") >= 0 for code in (0, 1, 42, 78)] == [True] * 4, line
+        assert line.index(" 1 a check that failed") < line.index(" 42 stopped")

@@ -10,8 +10,8 @@ import pytest
 from conan_jax import config
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.eval import evaluate
-from conan_jax.eval.languages import by_language
 from conan_jax.eval.retrieval import evaluate_bm25, read_beir, score
+from conan_jax.figures import by_language
 from conan_jax.inference.top_k import top_k
 from tests.eval.fakes import WordEncoder
 

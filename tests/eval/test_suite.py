@@ -1,21 +1,26 @@
 """Suites: found or listed, chosen from, carried out, resumed; `conan eval` from end to end with an encoder of words."""
 
 import gzip
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
-from conan_jax import config
+from conan_jax import config, figures
+from conan_jax.cli import tables
 from conan_jax.cli.eval import evaluate as command
 from conan_jax.errors import ConfigError, DataError
-from conan_jax.eval import clustering
+from conan_jax.eval import clustering, mkqa
+from conan_jax.eval.counts import count
 from conan_jax.eval.results import run_suite
 from conan_jax.eval.suite import files_of, read_suite, select, with_prompts
 from conan_jax.inference.encoder import Encoder
+from conan_jax.train import evaluation_page
 from conan_jax.train.evaluation_page import write_page
 from tests.eval.fakes import WordEncoder
 from tests.eval.test_retrieval import doc, write_beir
@@ -86,8 +91,17 @@ def test_sets_are_chosen_by_name_pattern_or_kind_and_bounded(folder):
     assert [e.name for e in select(suite, ["s*", "bitext"]).sets] == ["bitext", "search/dev", "sts/pairs.en.dev"]
     assert [e.name for e in select(suite, ["classification"]).sets] == ["colours"]
     assert {e.max_queries for e in select(suite, max_queries=3).sets} == {3}
-    with pytest.raises(ConfigError, match="no set of the suite is called 'sst'; it has bitext, colours"):
-        select(suite, ["sst"])
+
+
+@pytest.mark.parametrize("wanted, nearest", [
+    ("sst", "sts/pairs.en.dev"), ("colour", "colours"), ("Dev", "search/dev"), ("cluster", "topics/colours_nc")])
+def test_a_name_that_fits_no_set_is_answered_by_the_nearest_a_line_each(folder, wanted, nearest):
+    suite = read_suite(folder)
+    with pytest.raises(ConfigError, match=f"no set of the suite is called '{wanted}'") as raised:
+        select(suite, [wanted])
+    lines = str(raised.value).splitlines()
+    assert [line.split()[0] for line in lines[1:]][0] == nearest and max(map(len, lines)) < 100
+    assert sorted(line.split()[0] for line in lines[1:]) == [e.name for e in suite.sets]
 
 
 def test_languages_keep_what_speaks_them_and_what_says_nothing(folder):
@@ -200,6 +214,12 @@ def test_the_page_shows_every_set_and_fetches_nothing(folder):
         write_page(folder)
 
 
+def test_names_of_figures_are_taken_apart_in_one_place():
+    named = {"f1": 0.4, "f1/de": 0.3, "f1/a/b": 0.5, "recall@20/de": 0.2}
+    assert figures.by_language(named) == {"de": {"f1": 0.3, "recall@20": 0.2}, "a/b": {"f1": 0.5}}
+    assert tables.by_language is evaluation_page.by_language is mkqa.by_language is figures.by_language
+
+
 def test_names_are_escaped(folder):
     evil = '<script>alert("x")</script>&$x^2$'
     suite = read_suite(folder)
@@ -230,6 +250,53 @@ def test_the_command_prints_a_table_for_each_kind_and_language(folder, conan):
     assert (model / "eval/data/results.json").is_file() and (model / "eval/data/report.html").is_file()
     again = conan(model, "--suite", folder, "--json")
     assert set(json.loads(again.stdout)["sets"]) >= {"bitext", "search/dev"} and "kept" in again.stderr
+
+
+def text_of(table):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    return " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize("bound, cells, capped", [(2, "2 of 4", 4), (9, "4", 0), (None, "4", 0)])
+def test_a_figure_stands_beside_what_it_is_of(folder, conan, bound, cells, capped):
+    model = folder.parent / "run"
+    result = conan(model, "--suite", folder, "--only", "bitext", "--json", *(("--max-queries", bound) if bound else ()))
+    found = json.loads(result.stdout)
+    part = {"used": min(bound or 4, 4), "all": 4}
+    assert found["sets"]["bitext"]["counts"] == {
+        "unit": "pairs", "used": 2 * part["used"], "all": 8, "capped": bool(capped), "languages": {"de": part, "fr": part}}
+    assert found == json.loads((model / "eval/data/results.json").read_text())
+    warning = "Capped by max_queries: 4 of 8 pairs. Not comparable with figures on all of them."
+    shown = [text_of(table) for table in tables.suite_tables(found)]
+    page = Page((model / "eval/data/report.html").read_text()).text
+    assert len(shown) == 2 and all("pairs" in text and (warning in text) == bool(capped) for text in shown)
+    assert f"de \u2502 {cells} \u2502" in shown[1] and f"fr \u2502 {cells} \u2502" in shown[1]
+    assert page.count(warning) == (2 if capped else 0) and f"de {cells} " in page and ("1 set, capped" in page) == bool(capped)
+
+
+def test_what_was_kept_keeps_its_count_and_what_is_bounded_anew_is_counted_anew(folder, conan):
+    model, again = folder.parent / "run", ("--suite", folder, "--only", "bitext,sts", "--json")
+    conan(model, *again, "--max-queries", 2)
+    kept = json.loads(conan(model, *again, "--max-queries", 2).stdout)["sets"]
+    assert {name: found["counts"]["used"] for name, found in kept.items()} == {"bitext": 4, "sts/pairs.en.dev": 2}
+    whole = json.loads(conan(model, *again).stdout)["sets"]
+    assert {name: found["counts"]["used"] for name, found in whole.items()} == {"bitext": 8, "sts/pairs.en.dev": 3}
+
+
+def test_counts_are_those_of_every_kind(folder):
+    suite = select(read_suite(folder), max_queries=1)
+    assert {e.name: [count(e)[key] for key in ("unit", "used", "all")] for e in suite.sets} == {
+        "bitext": ["pairs", 2, 8], "colours": ["texts", 1, 3], "mkqa": ["questions", 1, 1], "search/dev": ["queries", 1, 2],
+        "sts/pairs.en.dev": ["pairs", 1, 3], "topics/colours_nc": ["texts", 1, 4]}
+    german = next(e for e in select(read_suite(folder), ["search/dev"], languages=["de"]).sets)
+    assert count(german)["all"] == 1 and count(german)["languages"] == {"de": {"used": 1, "all": 1}}
+
+
+def test_several_capped_sets_are_summed_up_and_unknown_counts_say_nothing():
+    some = [{"unit": "pairs", "used": 2, "all": 1000, "capped": True}, {"unit": "pairs", "used": 7, "all": 7, "capped": False}, {}]
+    assert figures.cap_of(some).startswith("Capped by max_queries: 2 of 1,000 pairs in 1 of 3 sets.")
+    assert figures.cap_of(some[1:]) == figures.cap_of([]) == figures.how_many({}) == ""
 
 
 def test_an_export_is_left_as_it_is(folder, conan):

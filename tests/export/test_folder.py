@@ -12,11 +12,15 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import yaml
+from rich.console import Console
+from typer.testing import CliRunner
 
+from conan_jax.cli.main import app
+from conan_jax.cli.verify import _print
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.export import folder as folder_module
 from conan_jax.export.folder import export
-from conan_jax.export.verify import verify
+from conan_jax.export.verify import Check, Report, verify
 from conan_jax.hf import manifest
 from conan_jax.inference.encoder import Encoder
 from conan_jax.inference.prompts import prompts_of
@@ -102,6 +106,38 @@ def test_a_changed_file_is_named(run, tmp_path, name, change, words):
         manifest.check(tmp_path / "e")
     with pytest.raises(DataError, match=re.escape(name)):
         verify(tmp_path / "e", jax_only=True)
+
+
+def conan(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("what", ["altered", "no export", "no texts"])
+def test_the_command_prints_its_object_on_an_error_too(run, exported, tmp_path, what):
+    export(run.output_dir, tmp_path / "e")
+    (tmp_path / "e" / "config.json").write_text("{}" if what == "altered" else (exported / "config.json").read_text())
+    folder, more = (tmp_path / "none" if what == "no export" else tmp_path / "e"), ["--texts", tmp_path / "none"] * (what == "no texts")
+    result = conan("verify", folder, "--jax-only", "--json", *more)
+    found = json.loads(result.stdout)
+    assert found["ok"] is False and found["error"] == str(result.exception) and isinstance(result.exception, DataError)
+    assert found["min_cosine"] is None and found["checks"] == [] and found["folder"] == str(folder)
+    whole = json.loads(conan("verify", exported, "--jax-only", "--json").stdout)
+    assert list(found) == list(whole) and whole["ok"] is True and whole["error"] is None
+    assert conan("verify", folder, "--jax-only", *more).stdout.strip() == ""
+
+
+def test_a_check_without_pytorch_says_so(exported, capsys):
+    said = conan("verify", exported, "--jax-only").stdout
+    assert "verified in JAX alone, PyTorch was not asked: worst cosine 0.99" in said or "not asked: worst cosine 1.0" in said
+    assert json.loads(conan("verify", exported, "--jax-only", "--json").stdout)["jax_only"] is True
+    _print(Console(), Report("e", checks=[Check("c", 1, 1.0, 0.0, 0.9999)]))
+    whole = capsys.readouterr().out
+    assert "verified: worst cosine 1.0" in whole and "PyTorch" not in whole
+
+
+def test_what_is_no_number_is_null():
+    nan = Report("e", checks=[Check("c", 1, float("nan"), float("inf"), 0.9999)]).to_dict()
+    assert nan["ok"] is False and nan["min_cosine"] is None and nan["checks"][0]["max_abs_diff"] is None
 
 
 def test_check_vectors_tell_other_weights_apart(run, exported, tmp_path):

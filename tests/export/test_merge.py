@@ -94,7 +94,9 @@ def test_the_result_is_a_run(runs, tmp_path):
     places = [str(runs / "r0"), str(runs / "r1")]
     result = CliRunner().invoke(app, ["merge", *places, "--out", str(tmp_path / "m"), "--weights", "1,0", "--json"])
     said = json.loads(result.stdout)
-    assert said["stage"] == "imported" and said["sources"][0][2] == 1
+    assert said["stage"] == "imported" and said["sources"] == [
+        {"folder": str(runs / "r0/imported"), "step": 1, "weight": 1.0}, {"folder": str(runs / "r1/imported"), "step": 1, "weight": 0.0}]
+    assert said["sources"] == json.loads((tmp_path / "m" / "merge.json").read_text())["sources"]
     texts = ["the reader", "a cat sits"]
     np.testing.assert_allclose(Encoder.load(tmp_path / "m").encode(texts), Encoder.load(runs / "r0").encode(texts), atol=1e-6)
     run = config_io.from_dict(json.loads((tmp_path / "m" / "config.json").read_text()))
