@@ -23,10 +23,10 @@ from jaxtyping import Float32
 from conan_jax import __version__, config
 from conan_jax.errors import DataError
 from conan_jax.export import torch_side
-from conan_jax.export.folder import OURS
 from conan_jax.export.texts import TEXTS
 from conan_jax.files import read_json
 from conan_jax.hf import manifest
+from conan_jax.hf.manifest import OURS
 from conan_jax.inference.encoder import Encoder
 from conan_jax.inference.load import Loaded, load
 from conan_jax.inference.tokens import prompt_tokens, token_rows
