@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from conan_jax.data.manifest import sha256_of
 from conan_jax.errors import CheckpointError, DataError
@@ -31,7 +32,7 @@ def check(folder: Path) -> int:
         what = f"is not of format {FORMAT}" if listed else "is missing"
         raise DataError(f"{folder / MANIFEST} {what}, so {folder} is no export of `conan export`, or not all of it was copied")
     advice = f"copy {folder} anew, or export the run again with --force"
-    for name, recorded in listed["files"].items():
+    for name, recorded in _entries(folder, listed["files"], advice):
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"{folder / MANIFEST} lists {name!r}, which lies outside of the export; {advice}")
@@ -48,12 +49,22 @@ def check(folder: Path) -> int:
 def refuse_altered(folder: Path, is_read: Callable[[str], bool]) -> None:
     """Compare the files whose names `is_read` picks with the manifest, where there is one.
 
-    Raises `CheckpointError` naming the first that is missing or not as it was written.
+    Raises `CheckpointError` naming the first that is missing or not as it was written, `DataError` for a manifest that is none.
     """
-    for name, recorded in read_json(folder / MANIFEST, {}, DAMAGED).get("files", {}).items():
+    for name, recorded in _entries(folder, read_json(folder / MANIFEST, {}, DAMAGED).get("files", {}), DAMAGED):
         path = folder / name
-        if is_read(name) and (not path.is_file() or sha256_of(path) != recorded.get("sha256")):
+        if is_read(name) and (not path.is_file() or sha256_of(path) != recorded["sha256"]):
             raise CheckpointError(f"{path} is missing or not as it was written; copy the folder anew, or export the run again")
+
+
+def _entries(folder: Path, files: Any, advice: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, {"bytes", "sha256"}) of each file that a manifest lists."""
+    if not isinstance(files, dict):
+        raise DataError(f"{folder / MANIFEST} must list `files` by name; {advice}")
+    for name, recorded in files.items():
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("bytes"), int) or not isinstance(recorded.get("sha256"), str):
+            raise DataError(f"{folder / MANIFEST} must give `bytes` and `sha256` of {name!r}; {advice}")
+        yield name, recorded
 
 
 def _files(folder: Path) -> list[str]:

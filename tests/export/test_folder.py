@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 
 import jax
 import ml_dtypes
@@ -106,6 +107,17 @@ def test_a_changed_file_is_named(run, tmp_path, name, change, words):
         manifest.check(tmp_path / "e")
     with pytest.raises(DataError, match=re.escape(name)):
         verify(tmp_path / "e", jax_only=True)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"bytes": "10", "sha256": "ab"}, {"bytes": 10}])
+def test_a_manifest_of_another_form_is_named_with_the_entry(exported, tmp_path, entry):
+    shutil.copytree(exported, tmp_path / "e")
+    listed = read(tmp_path / "e/manifest.json")
+    listed["files"]["config.json"] = entry
+    (tmp_path / "e/manifest.json").write_text(json.dumps(listed))
+    for reads in (manifest.check, Encoder.load):
+        with pytest.raises(DataError, match="manifest.json must give `bytes` and `sha256` of 'config.json'"):
+            reads(tmp_path / "e")
 
 
 def conan(*arguments):
