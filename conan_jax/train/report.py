@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_file
+from conan_jax.figures import by_language
 from conan_jax.train.charts import Line, bars, curves
 from conan_jax.train.pictures import of_stages
 from conan_jax.versions import versions_of
@@ -159,9 +160,9 @@ def language_tables(files: RunFiles) -> list[dict[str, Any]]:
     for name in _evaluation_names(files):
         rows: dict[str, dict[str, float]] = {}
         for who, figures in files.evaluations.items():
-            for key, value in figures.get(name, {}).items():
-                if key.startswith("ndcg@10/"):
-                    rows.setdefault(key.partition("/")[2], {})[who] = value
+            for language, found in by_language(figures.get(name, {})).items():
+                if "ndcg@10" in found:
+                    rows.setdefault(language, {})[who] = found["ndcg@10"]
         if rows:
             tables.append(shown_table(f"{name}: nDCG@10 by language", list(files.evaluations), dict(sorted(rows.items())), "language"))
     return tables
