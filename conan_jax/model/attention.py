@@ -46,7 +46,7 @@ def attention(
     if implementation == "auto":
         implementation = choose(platform(), q.shape[1], block_size)
     if implementation == "dense":
-        return dense_attention(q, k, v, mask, layout, parts_of(*q.shape[:3]) if _one_cpu() else 1)
+        return dense_attention(q, k, v, mask, layout, parts_of(*q.shape[:3]) if one_cpu() else 1)
     if implementation == "blockwise":
         return blockwise_attention(q, k, v, mask, layout, block_size)
     if implementation != "pallas_tpu":
@@ -73,7 +73,7 @@ def platform() -> str:
     return "tpu" if name.startswith("tpu") else "cpu" if name.startswith("cpu") else "gpu"
 
 
-def _one_cpu() -> bool:
+def one_cpu() -> bool:
     """Whether a single CPU device holds the whole batch, so that cutting it up moves nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     return platform() == "cpu" and (mesh.empty or mesh.size == 1)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from conan_jax import config
 from conan_jax.model.attention import attention
 from conan_jax.model.axes import current_axes
+from conan_jax.model.gradients import gated, normalised, product
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import Mask
 
@@ -30,7 +31,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        y = product(x, kernel.astype(x.dtype))
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", zeros, (self.features,), jnp.float32).astype(x.dtype)
@@ -45,9 +46,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        return normalised(x, scale, self.eps)
 
 
 def rope_tables(
@@ -111,25 +110,6 @@ class SwiGLU(nn.Module):
         up = Linear(c.intermediate_size, ("embed", "mlp"), c.initializer_range, name="up_proj")(x)
         inner = constrain(gated(gate, up), "tokens", "mlp")
         return Linear(c.hidden_size, ("mlp", "embed"), residual_stddev(c), name="down_proj")(inner)
-
-
-@jax.custom_vjp
-def gated(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
-    """silu(gate) * up. The gradient keeps the two arguments alone, where autodiff would keep sigmoid(gate) and silu(gate) beside them."""
-    return gate * jax.nn.sigmoid(gate) * up
-
-
-def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return gated(gate, up), (gate, up)
-
-
-def _gated_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    gate, up = jax.lax.optimization_barrier(saved)  # without it the compiler keeps the sigmoid of the forward pass after all
-    weight = jax.nn.sigmoid(gate)
-    return d * up * (weight * (1 + gate * (1 - weight))), d * (gate * weight)
-
-
-gated.defvjp(_gated_forward, _gated_backward)
 
 
 def constrain(x: Array, *names: str | None) -> Array:

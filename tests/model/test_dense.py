@@ -1,4 +1,4 @@
-"""The hand-written gradients of dense attention and of the gate, against autodiff of the plain formulas."""
+"""The hand-written gradient of dense attention, against autodiff of the plain formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,6 @@ import pytest
 
 from conan_jax.model import Bidirectional, Layout
 from conan_jax.model.dense import dense_attention, parts_of
-from conan_jax.model.layers import gated
 from conan_jax.model.softmask import mask_matrix
 from tests.model.test_attention import MASKS, ROWS, arrays, layout_of
 
@@ -68,11 +67,3 @@ def test_bfloat16_gradients_stay_near_those_of_float32():
 @pytest.mark.parametrize(("shape", "expected"), [((64, 128, 8), 8), ((1, 512, 8), 1), ((6, 512, 8), 6), ((7, 512, 8), 7), ((2, 16, 4), 1)])
 def test_parts_divide_the_batch(shape, expected):
     assert parts_of(*shape) == expected and shape[0] % expected == 0
-
-
-def test_the_gate_and_its_gradient():
-    rng = np.random.default_rng(5)
-    gate, up, w = (jnp.asarray(rng.normal(size=(5, 9)) * 4, jnp.float32) for _ in range(3))
-    expected = results(lambda g, u, _: jax.nn.silu(g) * u, gate, up, up, w)[:3]
-    for a, b in zip(results(lambda g, u, _: gated(g, u), gate, up, up, w)[:3], expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
