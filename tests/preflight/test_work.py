@@ -47,13 +47,18 @@ def gradient_of(stage_config, model):
 
 
 def products(jaxpr):
-    """FLOPs of every `dot_general` in a jaxpr, 2 m n k each, as often as the scan around it runs."""
+    """FLOPs of every matrix product in a jaxpr, 2 m n k each, as often as the scan around it runs.
+
+    A product with a vector is not one: on a CPU the sums of a norm's gradient take that form (`model/gradients.py`).
+    """
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+            contracted, batched = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted[0])
+            shared = math.prod(eqn.invars[0].aval.shape[axis] for axis in batched[0])
+            if min(math.prod(side.aval.shape) for side in eqn.invars) > depth * shared:
+                total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
