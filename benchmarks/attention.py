@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conan_jax.model import Layout, SoftMask, attention
-from conan_jax.model.attention import platform
+from conan_jax.model.device import platform
 from conan_jax.model.softmask import mask_bias
 
 from timing import Figure, at_most, parser, plain, ratio, seconds, show, temporary_bytes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 from jaxtyping import Array, Float
 
 from conan_jax.errors import ConfigError
 from conan_jax.model.blockwise import blockwise_attention
 from conan_jax.model.dense import dense_attention, parts_of
+from conan_jax.model.device import one_cpu, platform
 from conan_jax.model.layout import Layout
 from conan_jax.model.softmask import Mask
 
@@ -63,17 +63,3 @@ def choose(device: str, length: int, block_size: int) -> Literal["dense", "block
     if device == "tpu":
         return "pallas_tpu" if length >= KERNEL_BLOCK else "dense"
     return "dense" if length <= block_size else "blockwise"
-
-
-def platform() -> str:
-    """"cpu", "gpu" or "tpu": that of the current mesh, which may be one to compile for only, else of the default backend."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    name = getattr(device, "platform", None) or getattr(device, "device_kind", None) or jax.default_backend()
-    name = str(name).lower()
-    return "tpu" if name.startswith("tpu") else "cpu" if name.startswith("cpu") else "gpu"
-
-
-def one_cpu() -> bool:
-    """Whether a single CPU device holds the whole batch, so that cutting it up moves nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or mesh.size == 1)

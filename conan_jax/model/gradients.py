@@ -1,6 +1,6 @@
-"""Maps of a block whose gradients are written by hand: what autodiff keeps or computes of them costs a third of an update on a CPU.
+"""Maps of a block whose gradients are written by hand, in forms that a CPU computes with fewer passes over memory.
 
-`normalised` and `product` take their own form where one CPU device computes (`attention.one_cpu`), and are left to autodiff elsewhere.
+`normalised` and `product` take their own form where one CPU device computes, and are left to autodiff elsewhere.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from conan_jax.model.attention import one_cpu
+from conan_jax.model.device import one_cpu
 
 
 def product(x: Float[Array, "T I"], w: Float[Array, "I O"]) -> Float[Array, "T O"]:
-    """x W. Its gradient dW = x^T dy sums over tokens, and a CPU takes a third less for that with the narrower side on the left."""
+    """x W. Its gradient dW = x^T dy sums over tokens, and a CPU is quicker at that with the narrower side on the left."""
     return _narrowing(x, w) if x.shape[1] > w.shape[1] and one_cpu() else x @ w
 
 

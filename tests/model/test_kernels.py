@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from conan_jax import config, sharding
 from conan_jax.errors import ConfigError
 from conan_jax.model import Bidirectional, Causal, Layout, SoftMask, attention
-from conan_jax.model.attention import choose, dense_attention, platform
+from conan_jax.model.attention import choose, dense_attention
+from conan_jax.model.device import platform
 from conan_jax.model.kernels import block, flash_attention
 
 entry = sys.modules["conan_jax.model.attention"]  # the package's attribute of that name is the function
