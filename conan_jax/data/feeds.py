@@ -73,6 +73,10 @@ class Feed:
         except DataError as error:
             raise DataError(f"dataset {member.name!r}: {error}") from error
 
+    def dataset_of(self, ids: np.ndarray) -> str:
+        """The name of the dataset that holds these example numbers. A batch holds records of one dataset."""
+        return [member.name for member in self.members if member.offset <= ids[0]][-1]
+
 
 def collate_packed(draft: Draft) -> Batch:
     """Packed rows as they are, with their ids in the mixture."""

@@ -70,6 +70,11 @@ class Pipeline:
         turn = step // len(self._feeds) if getattr(self._stage, "update", "") == "one_task" else step
         return {name: feed.batch(turn) for name, feed in self._feeds.items()}
 
+    def datasets_of(self, batch: Batch) -> dict[str, str]:
+        """{task: name of the dataset of its rows}, for tasks of several datasets. The only task of other stages is ""."""
+        mixed = {name: feed for name, feed in self._feeds.items() if len(feed.members) > 1}
+        return {name: feed.dataset_of((batch if name == SINGLE else batch[name])["ids"]) for name, feed in mixed.items()}
+
     def iterate(self, start: int) -> Iterator[Batch]:
         """`batch(start)`, `batch(start + 1)`, ... without end, made ahead of time by threads."""
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)

@@ -49,7 +49,8 @@ def train_stage(
     """Train one stage to its last step, from wherever `start_rule.find_start` says. Every process of a run calls it alike.
 
     Args:
-        pipeline: `num_examples`, `batch(step)` and `iterate(start)`, the batches from step `start` on (NumPy, this host's slice).
+        pipeline: `num_examples`, `batch(step)`, `datasets_of(batch)` and `iterate(start)`, the batches from step `start` on (NumPy,
+            this host's slice).
         init_from: where the weights come from when no stage before this one has any, as `start_rule.locate` takes it.
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
@@ -117,7 +118,7 @@ def train_stage(
             batch = next(batches)
             recorder.meter.waited(time.perf_counter() - began)
             current, step_metrics = train_step(current, sharding.global_batch(batch, mesh))
-            late.put(step, step_metrics)
+            late.put(step, step_metrics, pipeline.datasets_of(batch))
             if step == stage_config.steps or step % stage_config.checkpoint_every == 0:
                 save(step)
         if agreement.settle(stop()):
@@ -132,18 +133,18 @@ class _OneStepLate:
 
     def __init__(self, recorder: metrics.Recorder | metrics.Silent, pipeline: Any) -> None:
         self._recorder, self._pipeline = recorder, pipeline
-        self._waiting: tuple[int, Any] | None = None
+        self._waiting: tuple[int, Any, Mapping[str, str]] | None = None
 
-    def put(self, step: int, step_metrics: Any) -> None:
+    def put(self, step: int, step_metrics: Any, datasets: Mapping[str, str]) -> None:
         self.flush()
-        self._waiting = (step, step_metrics)
+        self._waiting = (step, step_metrics, datasets)
 
     def flush(self) -> None:
         if self._waiting is None:
             return
-        (step, arrays), self._waiting = self._waiting, None
+        (step, arrays, datasets), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        self._recorder.record(step, values)
+        self._recorder.record(step, values, datasets)
         if values["skipped_in_row"] >= MAX_SKIPPED_IN_ROW:
             raise TrainingError(
                 f"step {step}: the loss or gradient was not finite {MAX_SKIPPED_IN_ROW} times in a row (loss {values['loss']}, "

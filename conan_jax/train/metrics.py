@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, and a progress bar or plain lines.
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and a progress bar or plain lines.
 
 MFU = real tokens/s * FLOPs per token / peak of the mesh. FLOPs of forward and backward per token, matrix products only:
 `6 N` (N: parameters outside the embedding table) `+ 12 layers heads head_dim L` (attention over the whole row of L tokens,
@@ -21,9 +21,10 @@ from tensorboardX import SummaryWriter
 
 from conan_jax import config
 from conan_jax.errors import TrainingError
+from conan_jax.train.smoothing import SmoothedLosses
 
 _LINE_SECONDS = 10.0  # between two plain lines, so that a log file of a long run stays readable
-_SHOWN = ("loss", "learning_rate", "alpha", "grad_norm", "tokens_per_second", "mfu", "data_wait")
+_SHOWN = ("learning_rate", "alpha", "grad_norm", "tokens_per_second", "mfu", "data_wait")
 _SHORT = {"learning_rate": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s", "data_wait": "data"}
 
 
@@ -148,8 +149,8 @@ class _Bar:
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
-    def show(self, record: Mapping[str, float]) -> None:
-        self._progress.update(self._task, rate=f"{record.get('steps_per_second', 0):.2f} steps/s", shown=_pretty(record))
+    def show(self, record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> None:
+        self._progress.update(self._task, rate=f"{record.get('steps_per_second', 0):.2f} steps/s", shown=_pretty(record, smoothed))
 
     def close(self) -> None:
         self._progress.stop()
@@ -164,14 +165,14 @@ class _Lines:
     def advance(self, step: int) -> None:
         """A line says its step itself."""
 
-    def show(self, record: Mapping[str, float]) -> None:
+    def show(self, record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> None:
         now, step = time.perf_counter(), int(record["step"])
         if now - self._printed < _LINE_SECONDS and step < self._steps:
             return
         self._printed = now
         rate = record.get("steps_per_second")
         pace = f"{rate:.2f} steps/s  ETA {_clock((self._steps - step) / rate)}  " if rate else ""
-        self._console.print(f"{self._name} {step}/{self._steps}  {pace}{_pretty(record)}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"{self._name} {step}/{self._steps}  {pace}{_pretty(record, smoothed)}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -187,6 +188,7 @@ class Recorder:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None, flush_secs=10)
         self._view = (_Bar if console.is_terminal else _Lines)(console, stage.name, start, stage.steps)
         self._skipped = (self._lines.last or {}).get("skipped") or 0
+        self._losses = SmoothedLosses((self._lines.last or {}).get("smoothed"))
         self.meter = Meter(flops, peak_flops, (self._lines.last or {}).get("seconds") or 0.0)
 
     @property
@@ -194,19 +196,24 @@ class Recorder:
         """The newest record, that of an earlier process included; empty before the first."""
         return dict(self._lines.last or {})
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`metrics` of the update that made the state's step `step`."""
+    def record(self, step: int, metrics: Mapping[str, float], datasets: Mapping[str, str]) -> None:
+        """`metrics` of the update that made the state's step `step`; `datasets`: {task: dataset of its batch}.
+
+        A record keeps the metrics of its own batch. `smoothed` holds the means of the losses.
+        """
         self.meter.step(metrics.get("tokens", 0.0))
+        self._losses.add(metrics, datasets)
         self._view.advance(step)
         new_skip, self._skipped = metrics["skipped"] > self._skipped, metrics["skipped"]
         if step % self._stage.log_every and step != self._stage.steps and not new_skip:
             return
         record = {"step": step, **metrics, **self.meter.read()}
-        self._lines.write(record)
-        for key, value in record.items():
+        smoothed = self._losses.state()
+        self._lines.write({**record, "smoothed": smoothed})
+        for key, value in {**record, **{f"smoothed/{key}": found["mean"] for key, found in smoothed.items()}}.items():
             if key != "step" and math.isfinite(value):
                 self._events.add_scalar(key, value, step)
-        self._view.show(record)
+        self._view.show(record, smoothed)
 
     def close(self) -> None:
         self._view.close()
@@ -222,8 +229,8 @@ class Silent:
     def __init__(self, flops: float) -> None:
         self.meter = Meter(flops, None)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Process 0 writes the same figures."""
+    def record(self, step: int, metrics: Mapping[str, float], datasets: Mapping[str, str]) -> None:
+        """Process 0 writes the same metrics."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -234,11 +241,19 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
-def _pretty(record: Mapping[str, float]) -> str:
-    parts = []
+def _pretty(record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> str:
+    parts = [_losses(smoothed)] if "loss" in smoothed else []
     for key in _SHOWN:
         if key in record:
             value = record[key]
             text = f"{value:.1%}" if key in ("mfu", "data_wait") else f"{value:,.0f}" if key == "tokens_per_second" else f"{value:.4g}"
             parts.append(f"{_SHORT.get(key, key)} {text}")
     return "  ".join(parts)
+
+
+def _losses(smoothed: Mapping[str, Mapping[str, float]]) -> str:
+    """`loss 2.41 (smoothed over 20 updates; pairs 2.1, names 0.9)`: of the stage, of its tasks, of the datasets in a mixture."""
+    parts = [f"{key.partition('/')[2]} {found['mean']:.3g}" for key, found in smoothed.items() if key.count("/") == 1]
+    parts = parts if len(parts) <= 4 else []
+    updates = f"smoothed over {smoothed['loss']['updates']:.0f} updates"
+    return f"loss {smoothed['loss']['mean']:.4g} ({'; '.join([updates, ', '.join(parts)]) if parts else updates})"

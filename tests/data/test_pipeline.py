@@ -116,6 +116,7 @@ def test_a_batch_holds_records_of_one_dataset_and_ids_point_to_them():
         batch = p.batch(step)
         [name] = {max((n for n in offsets if offsets[n] <= i), key=offsets.get) for i in batch["ids"].tolist()}
         seen.add(name)
+        assert p.datasets_of(batch) == {"": name}
         for row, i in enumerate(batch["ids"].tolist()):
             query, _ = transforms.as_pair(KINDS[name], SOURCES[name][i - offsets[name]])
             tokens, length, _ = transforms.encode_text(tokenizer(), query, 16)
@@ -294,6 +295,11 @@ def test_the_datasets_instruction_stands_before_queries_only():
     batch = p.batch(0)
     assert (batch["query"]["prompt_lengths"] == len(tokenizer().encode("Instruct: find it\nQuery: "))).all()
     assert (batch["positive"]["prompt_lengths"] == 0).all()
+
+
+def test_only_tasks_of_several_datasets_name_the_dataset_of_a_batch():
+    p = pipeline(weak(c.Mix("pairs")))
+    assert p.datasets_of(p.batch(0)) == {}
 
 
 def test_tasks_in_turn_miss_no_batch():

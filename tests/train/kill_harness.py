@@ -33,6 +33,9 @@ class SlowPipeline:
     def batch(self, step):
         return examples.batch_of(self.kind, seed=step)
 
+    def datasets_of(self, batch):
+        return {}
+
     def iterate(self, start):
         while True:
             time.sleep(0.03)

@@ -103,7 +103,7 @@ def recorded(folder, steps, log_every=5, start=0, terminal=False):
     for step in range(start + 1, steps + 1):
         bad = step in (7, 8)
         skips = {"skipped": min(max(step - 6, 0), 2), "skipped_in_row": float(bad)}
-        recorder.record(step, {"loss": 1 / step, "tokens": 8.0, "grad_norm": 1.0, "learning_rate": 1e-3, "absent": float("nan"), **skips})
+        recorder.record(step, {"loss": 1 / step, "tokens": 8.0, "grad_norm": 1.0, "learning_rate": 1e-3, "absent": float("nan"), **skips}, {})
     recorder.close()
     return out.getvalue()
 

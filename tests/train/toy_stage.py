@@ -60,6 +60,9 @@ class ToyPipeline:
         rng = np.random.default_rng(step)
         return {"ids": rng.permutation(EXAMPLES)[:BATCH].astype(np.int32), "tokens": rng.integers(0, 32, (BATCH, 1), dtype=np.int32)}
 
+    def datasets_of(self, batch):
+        return {}
+
     def iterate(self, start):
         step = start
         while True:
