@@ -58,9 +58,8 @@ def evaluate(
 def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, languages: list[str], out: Path | None, fresh: bool,
            console: Console) -> dict[str, Any]:
     from conan_jax.cli.tables import suite_tables
-    from conan_jax.eval.counts import count
     from conan_jax.eval.dimensions import dimensions_of
-    from conan_jax.eval.results import RESULTS, run_suite
+    from conan_jax.eval.results import run_suite
     from conan_jax.eval.suite import read_suite, select
     from conan_jax.inference.encoder import Encoder
     from conan_jax.train.evaluation_page import write_page
@@ -71,10 +70,6 @@ def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, l
     with _Bars(console, len(chosen.sets)) as bars:
         results = run_suite(encoder, chosen, folder, dimensions_of(model, encoder.dimension), fresh=fresh,
                             begin=bars.begin, finished=bars.finished)
-    for evaluation in chosen.sets:
-        found = results["sets"][evaluation.name]
-        found["counts"] = found.get("counts") or count(evaluation)  # one that was kept still has its own
-    write_json(folder / RESULTS, results)
     page = write_page(folder)
     for table in suite_tables(results):
         console.print(table)

@@ -32,14 +32,14 @@ class _BothSides:
 class Remembering(_BothSides):
     """`encoder` with a memory: what looks at one set in several ways pays for its texts once. For one set at a time, by its size.
 
-    `progress(done, total)` counts the texts that were encoded since it was made.
+    `progress(done, total)` counts the texts that were encoded since it was made; `cut` of them were longer than `max_length`.
     """
 
     def __init__(self, encoder: Any, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         self._encoder, self._progress = encoder, progress
         self._rows: dict[tuple[str, int | None], dict[str, int]] = {}
         self._vectors: dict[tuple[str, int | None], Float32[np.ndarray, "N D"]] = {}
-        self._done = self._total = 0
+        self._done = self._total = self.cut = 0
         self.prompts, self.model = encoder.prompts, encoder.model
 
     def encode(
@@ -52,9 +52,10 @@ class Remembering(_BothSides):
         self._total += len(new)
         parts = [self._vectors[before, max_length]] if rows else []
         for start in range(0, len(new), TEXTS_PER_CALL):
-            texts = new[start : start + TEXTS_PER_CALL]
+            texts, before_cut = new[start : start + TEXTS_PER_CALL], self._encoder.texts_cut
             parts.append(self._encoder.encode(texts, prompt=before, max_length=max_length))
             self._done += len(texts)
+            self.cut += self._encoder.texts_cut - before_cut
             self._progress(self._done, self._total)
         if new:
             self._vectors[before, max_length] = np.concatenate(parts)

@@ -24,7 +24,7 @@ from conan_jax.inference.load import load, untrained
 from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
 from conan_jax.inference.progress import rate, text_bars
 from conan_jax.inference.prompts import DOCUMENT, QUERY
-from conan_jax.inference.tokens import prompt_tokens, token_rows
+from conan_jax.inference.tokens import counted_rows, prompt_tokens
 from conan_jax.model import Bidirectional, Mask
 
 DEFAULT_MAX_LENGTH = 512
@@ -51,6 +51,9 @@ class Encoder:
         identity: where the weights come from (run, stage, step).
         prompts: what stands before a text, by name: full strings. `encode_query` uses "query", `encode_document` "document".
         devices: where to encode; default: all devices of this process.
+
+    Attributes:
+        texts_cut: number of texts cut at `max_length` by all calls so far.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Encoder:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
+        self.texts_cut = 0
         self._shapes: set[tuple[int, int]] = set()  # of batches met so far
         self._names = dict(identity or {})
         self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
@@ -199,7 +203,9 @@ class Encoder:
     def _rounds(self, texts: list[str], prefix: list[int], longest: int) -> Iterator[tuple[int, list[list[int]]]]:
         """(number of its first text, token rows) of each round; the next one is tokenised while the devices work on this one."""
         def tokenise(start: int) -> tuple[int, list[list[int]]]:
-            return start, token_rows(self.tokenizer, texts[start : start + TEXTS_PER_ROUND], prefix, longest)
+            rows, cut = counted_rows(self.tokenizer, texts[start : start + TEXTS_PER_ROUND], prefix, longest)
+            self.texts_cut += cut
+            return start, rows
 
         starts = range(0, len(texts), TEXTS_PER_ROUND)
         if len(starts) < 2:

@@ -18,9 +18,15 @@ def token_rows(tokenizer: AnyTokenizer, texts: Sequence[str], prompt: Sequence[i
     A lone surrogate, which is no Unicode text, is read as U+FFFD; every other character is read as it is. Of a text far longer
     than its row no more is tokenised than the row can hold.
     """
+    return counted_rows(tokenizer, texts, prompt, longest)[0]
+
+
+def counted_rows(tokenizer: AnyTokenizer, texts: Sequence[str], prompt: Sequence[int], longest: int) -> tuple[list[list[int]], int]:
+    """`token_rows`, and the number of texts that were cut."""
     room = longest - len(prompt) - 1
-    contents = encode_heads(tokenizer, [_valid(text) for text in texts], room)
-    return [[*prompt, *content[:room], tokenizer.eos_id] for content in contents]
+    contents = encode_heads(tokenizer, [_valid(text) for text in texts], room + 1)  # one token more shows that a text was cut
+    rows = [[*prompt, *content[:room], tokenizer.eos_id] for content in contents]
+    return rows, sum(len(content) > room for content in contents)
 
 
 def prompt_tokens(tokenizer: AnyTokenizer, prompt: str, longest: int) -> list[int]:

@@ -17,6 +17,7 @@ class WordEncoder:
         self.prompts = {"query": "", "document": ""}
         self.dimension = len(self.words)
         self.calls = []
+        self.texts_cut = 0
 
     def prompt(self, name=None, prompt=None):
         if prompt is None and name not in self.prompts:

@@ -106,6 +106,20 @@ def test_an_encoder_that_remembers_encodes_no_text_twice():
     assert seen == [(2, 2), (3, 3), (4, 4)] and remembering.texts == 4
 
 
+def test_texts_that_were_cut_are_counted_once():
+    class Short(WordEncoder):
+        def encode(self, inputs, *arguments, max_length=None, **options):
+            self.texts_cut += sum(len(text.split()) > max_length for text in inputs)
+            return super().encode(inputs, *arguments, max_length=max_length, **options)
+
+    encoder = Short(["a", "b"])
+    remembering = Remembering(encoder)
+    for _ in range(2):
+        remembering.encode(["a b a", "a b", "b b b"], max_length=2)
+    encoder.encode(["a a a"], max_length=1)
+    assert (remembering.texts, remembering.cut) == (3, 2)
+
+
 def test_fewer_dimensions_are_the_first_ones_of_length_one(tmp_path):
     places = {"x": [3, 4, 12], "y": [0, 0, 1], "z": [0, 0, -2], "w": [4, -3, 0]}
     short = Truncated(Remembering(Placed(places)), 2)

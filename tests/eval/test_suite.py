@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from conan_jax.cli.eval import evaluate as command
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.eval import clustering, mkqa
 from conan_jax.eval.counts import count
-from conan_jax.eval.results import run_suite
+from conan_jax.eval.results import key_of, run_suite, score_set
 from conan_jax.eval.suite import files_of, read_suite, select, with_prompts
+from conan_jax.folder_lock import FolderInUseError, FolderLock
 from conan_jax.inference.encoder import Encoder
 from conan_jax.train import evaluation_page
 from conan_jax.train.evaluation_page import write_page
@@ -197,6 +199,38 @@ def test_what_has_changed_is_computed_again(folder, what):
         suite = select(suite, max_queries=2)
     run_suite(encoder, suite, out, [9], fresh=what == "fresh", finished=lambda *a: seen.append(a[2]))
     assert seen == ([True, False] if what == "data" else [True, True])
+
+
+def test_keys_are_equal_exactly_when_scores_must_be(folder, tmp_path):
+    evaluation, identity = read_suite(folder).sets[0], Words().identity
+    key = key_of(evaluation, identity)
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = next(e for e in read_suite(tmp_path / "moved").sets if e.name == evaluation.name)
+    assert key == key_of(moved, identity) == json.loads(json.dumps(key))
+    assert key != key_of(evaluation, Words(2.0).identity)
+    assert key != key_of(replace(evaluation, max_length=9), identity)
+    assert key != key_of(replace(evaluation, instruction="Compare"), identity)
+    put(folder / "bitext.jsonl", [{"lang": "de", "sentence1": w, "sentence2": w} for w in WORDS])
+    assert key != key_of(evaluation, identity)
+
+
+def test_a_score_says_what_was_read_and_pictures_are_made_where_wanted(folder):
+    search = next(e for e in read_suite(folder).sets if e.kind == "retrieval")
+    found, pictures = score_set(Words(), replace(search, prompt_name="query", max_length=7), [9], diagnosed=lambda figures: False)
+    assert pictures is None and found["main"] == "ndcg@10" and found["counts"]["all"] == 2
+    assert found["input"] == {"max_length": 7, "prompt": "Q: ", "document_prompt": "", "texts": 5, "cut": 0}
+    assert score_set(Words(), search, [9])[1].keys() >= {"alignment", "dimensions"}
+
+
+def test_a_folder_in_use_is_refused_and_its_scores_stay(folder):
+    out = folder.parent / "out"
+    run_suite(Words(), select(read_suite(folder), ["bitext"]), out, [9])
+    before = (out / "results.json").read_bytes()
+    with FolderLock(out, "another"), pytest.raises(FolderInUseError):
+        run_suite(Words(), select(read_suite(folder), ["sts"]), out, [9])
+    assert (out / "results.json").read_bytes() == before
+    run_suite(Words(), select(read_suite(folder), ["sts"]), out, [9])
+    assert set(json.loads((out / "results.json").read_text())["sets"]) == {"bitext", "sts/pairs.en.dev"}
 
 
 def test_the_page_shows_every_set_and_fetches_nothing(folder):

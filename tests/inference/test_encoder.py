@@ -254,6 +254,14 @@ def test_rows_of_32768_tokens(tokenizer):
     assert len(tokens.token_rows(tokenizer, [long], [], 32_768)[0]) == 32_768
 
 
+def test_texts_that_were_cut_are_counted(encoder):
+    fits, longest = " ".join(WORDS[:5]), len(encoder.tokenizer.encode(" ".join(WORDS[:5]))) + 1
+    for given, length, cut in (([fits], longest, 0), ([fits], longest - 1, 1), ([fits + " sum", fits, ""], longest, 1), ([fits * 999], 64, 1)):
+        before = encoder.texts_cut
+        encoder.encode(given, max_length=length)
+        assert encoder.texts_cut - before == cut, (given, length)
+
+
 def test_pairs_of_vectors(encoder):
     a, b = encoder.encode(texts(3)), encoder.encode(texts(3, seed=5)) * 3
     np.testing.assert_allclose(Encoder.similarity_pairwise(a, b), np.diag(Encoder.similarity(a, b)), atol=1e-6)
