@@ -1,13 +1,16 @@
-"""report.html: complete and unfinished runs, everything escaped, nothing fetched."""
+"""report.html: complete and unfinished runs, narrow screens, everything escaped, nothing fetched."""
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
 from conan_jax.errors import DataError
-from conan_jax.train.report import PAGES, read_run, result_table, write_report
+from conan_jax.train.pictures import HARD_NEGATIVES_ABOVE, scores
+from conan_jax.train.report import PAGES, loss_charts, next_commands, phases, read_run, result_table, write_report
+from conan_jax.train.smoothing import SMOOTHING_UPDATES
 
 STAGES = ("pretrain", "weak", "supervised")
 EXTRA = {
@@ -86,9 +89,9 @@ def test_a_finished_run_shows_its_figures_curves_and_searches(tmp_path):
     page = page_of(run)
     for shown in ("demo", "0.300", "0.612", "0.031", "nDCG@10 after supervised", "4.7M", "4,718,592", "8 min 32 s", "1,800",
                   "io.open", "0.712", "Only text.", "9.000 \u2192 7.033", "Soft mask", "Hard negatives replaced", "Tokens per second",
-                  "model", "hidden_size", "64", "held_out: nDCG@10 by language", "jax", "61.2"):
+                  "model", "hidden_size", "64", "held_out: nDCG@10 by language", "jax", "1 min 01 s"):
         assert shown in page.text, shown
-    assert page.tags.count("svg") == 1 + 3 + 6
+    assert page.tags.count("svg") == 3 + 6
     assert {v for k, v in page.attributes if k == "aria-label"} >= {"nDCG@10 by stage", "loss of weak", "Learning rate"}
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
@@ -134,6 +137,81 @@ def test_one_point_empty_lines_and_numbers_that_are_not_finite(tmp_path):
     assert "3.000 \u2192 3.000" in page_of(run).text
 
 
+def test_losses_are_drawn_smoothed_for_each_dataset(tmp_path):
+    run = make_run(tmp_path / "run", trained=("pretrain", "weak"))
+    lines = [{"step": 10 * i, "loss": float(i % 7), "smoothed": {"loss": {"mean": 5.0 - i, "updates": 20}, "loss/web": {"mean": 2.0, "updates": 9}}}
+             for i in range(1, 5)]
+    (run / "weak" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    charts = {chart["title"]: chart for chart in loss_charts(read_run(run))}
+    assert "4.000 \u2192 1.000" in charts["weak"]["note"] and f"{SMOOTHING_UPDATES} updates" in charts["weak"]["note"]
+    legend = Page(charts["weak"]["svg"])
+    assert legend.tags.count("li") == 2 and legend.words[-1].strip() == "web"
+
+
+def test_a_phase_has_one_time(tmp_path):
+    run = make_run(tmp_path / "run")
+    put(run / "timings.json", {"prepare": 61.25, "evaluate": 5.0, "pretrain": 100.0, "weak": 59.9})
+    rows = phases(read_run(run))
+    assert [row["name"] for row in rows] == ["prepare", *STAGES, "evaluate"]
+    assert [row["time"] for row in rows] == ["1 min 01 s", "1 min 40 s", "59 s", "59 s", "5 s"]
+    page = write_report(run).read_text()
+    assert all(page.count(f"<tr><th>{row['name']}</th><td data-label=\"updates\">") == 1 for row in rows)
+
+
+@pytest.mark.parametrize("trained, indexed, commands", [
+    ((), False, []), (("pretrain",), False, []),
+    (("pretrain", "weak"), False, ["encode", "eval", "export", "verify"]), (STAGES, True, ["search", "encode", "eval", "export", "verify"]),
+])
+def test_the_next_commands_name_the_run(tmp_path, monkeypatch, trained, indexed, commands):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "my run", trained=trained)
+    for stage in trained:
+        (run / stage / "checkpoints").mkdir()
+    if indexed:
+        (run / "index").mkdir()
+    lines = [command["line"] for command in next_commands(read_run(run)) if command["line"]]
+    assert [shlex.split(line)[1] for line in lines] == commands
+    assert all({"my run", "exports/demo"} & set(shlex.split(line)) for line in lines)
+    assert set(lines) <= set(Page(write_report(run).read_text()).words)
+
+
+@pytest.mark.parametrize("hard, above", [(0.5, True), (0.2, False)])
+def test_hard_negatives_above_positives_are_explained(hard, above):
+    counts = [0] * 50
+    counts[30] = 9
+    found = {"alignment": 1.0, "uniformity": -2.0, "pairs": 9, "histogram": {
+        "counts": {"positives": counts, "hard negatives": counts}, "means": {"positives": 0.3, "hard negatives": hard}}}
+    assert (HARD_NEGATIVES_ABOVE in scores("set", found)["note"]) == above
+
+
+def assert_fits_a_narrow_screen(html, pixels=390):
+    """Nothing on the page is wider than the screen, and a unit of a chart is at least a pixel wide."""
+    page = Page(html)
+    assert ("content", "width=device-width, initial-scale=1") in page.attributes
+    (css,) = re.findall(r"<style>\n:root(.*?)</style>", html, re.DOTALL)
+    narrow = re.sub(r"@media \(min-width[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", css)
+    widths = [float(width) for width in re.findall(r"(?<!max-)(?<!-)\b(?:min-)?width: *([\d.]+)px", narrow)]
+    assert all(width <= pixels - 60 for width in widths), widths
+    assert not [value for name, value in page.attributes if name == "style" and re.search(r"width: *[\d.]+(?:px|pt|em)", value)]
+    for svg in re.findall(r"<svg[^>]*>", html):
+        (box,) = re.findall(r'viewBox="([^"]+)"', svg)
+        assert float(box.split()[2]) <= pixels - 60 and not re.search(r'\s(?:width|height)="', svg)
+    for attributes, body in re.findall(r"<table([^>]*)>(.*?)</table>", html, re.DOTALL):
+        assert re.search(r'class="[^"]*(?:stacked|keys)', attributes)
+        assert "keys" in attributes or all("data-label=" in cell for cell in re.findall(r"<td[^>]*>", body))
+
+
+def test_the_page_fits_a_narrow_screen(tmp_path):
+    run = make_run(tmp_path / "run")
+    put(run / "timings.json", {"prepare": 1.0})
+    html = write_report(run).read_text()
+    assert_fits_a_narrow_screen(html)
+    for broken in (html.replace("<table class=\"figures stacked\">", "<table style=\"min-width: 640px\">", 1),
+                   html.replace("width=device-width", "width=1000"), html.replace(" viewBox", " width=\"600pt\" viewBox", 1)):
+        with pytest.raises(AssertionError):
+            assert_fits_a_narrow_screen(broken)
+
+
 EVIL = '<script>alert("x")</script>&$x^2$'
 
 
@@ -173,7 +251,7 @@ def test_references_inside_charts_lead_somewhere_and_ids_are_single_or_equal(tmp
 def test_charts_follow_the_theme(tmp_path):
     html = write_report(make_run(tmp_path / "run")).read_text()
     charts = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
-    assert "var(--series-1)" in charts and "var(--ink)" in charts and "mathdefault" not in charts
+    assert "var(--series-1)" in charts and "var(--muted)" in charts and "mathdefault" not in charts
     assert not re.findall(r"(?:stroke|fill): #0000", charts)
 
 

@@ -1,6 +1,7 @@
 """Charts as inline SVG that follow the colours of the page around them, light or dark.
 
-matplotlib draws with stand-in colours; they are then replaced by CSS variables, so one picture serves both themes.
+matplotlib draws with placeholder colours. CSS variables replace them, so one chart serves both themes. Legends are HTML below the
+chart: they wrap on a narrow screen and keep the size of the page's text.
 """
 
 from __future__ import annotations
@@ -19,42 +20,43 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 SERIES = tuple(f"#0000f{i}" for i in range(1, 7))  # --series-1 ... --series-6
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = {"o": "\u25cf", "s": "\u25a0", "^": "\u25b2", "D": "\u25c6", "v": "\u25bc", "P": "\u271a"}  # of matplotlib -> in a legend
+DASHES = {"-": "\u2501", "--": "\u2505", ":": "\u2509"}
+WIDTH = 4.2  # inches; 302 units of the viewBox, so that text of 10 units is 11 px on a screen of 390 px
+SMOOTHED_FROM = 40  # points; a noisy line of more is drawn with its moving average
 INK, FAINT, MUTED = "#0000e1", "#0000e2", "#0000e3"
 _VARIABLES = {**{c: f"var(--series-{i})" for i, c in enumerate(SERIES, 1)}, INK: "var(--ink)", FAINT: "var(--line)", MUTED: "var(--muted)"}
 _STYLE = {
-    "svg.fonttype": "none", "font.size": 9.5, "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.fonttype": "none", "font.size": 10, "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": FAINT, "axes.labelcolor": MUTED, "axes.grid": True, "axes.grid.axis": "y", "grid.color": FAINT, "grid.linewidth": 0.7,
     "axes.axisbelow": True, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
-    "text.color": INK, "legend.frameon": False, "legend.labelcolor": INK, "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
+    "text.color": INK, "lines.linewidth": 1.8, "lines.solid_capstyle": "round",
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `colour` counts from 0; a curve without a label stays out of the legend; a noisy one of many points is
-    drawn faint under its moving average."""
+    """One curve. `colour` counts from 0. A curve without a label has no entry in the legend.
+
+    A noisy curve of more than `SMOOTHED_FROM` points is drawn faint, with its moving average on top. `faint` are other values at the
+    same steps, drawn faint instead.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: int = 0
     noisy: bool = True
+    faint: Sequence[float] = ()
 
+    @property
+    def half_window(self) -> int:
+        """The moving average of a point takes so many points on each side; 0 without smoothing."""
+        return len(self.values) // 20 if self.noisy and len(self.values) > SMOOTHED_FROM else 0
 
-def bars(title: str, labels: Sequence[str], values: Sequence[float], baselines: Sequence[str] = ()) -> Markup:
-    """A bar for each label, its value above it; those named in `baselines` are muted."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 2.5), layout="constrained")
-        axes = figure.subplots()
-        colours = [MUTED if label in baselines else SERIES[0] for label in labels]
-        drawn = axes.bar(range(len(labels)), values, color=colours, width=0.62)
-        axes.bar_label(drawn, [f"{v:.3f}" for v in values], padding=3, color=INK, fontsize=10.5, fontweight="bold")
-        axes.set_xticks(range(len(labels)), labels, color=INK)
-        axes.tick_params(axis="x", length=0)
-        axes.set_ylim(0, max([*values, 0.05]) * 1.15)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        return _svg(figure, title)
+    @property
+    def dash(self) -> str:
+        return tuple(DASHES)[self.colour // len(SERIES) % len(DASHES)]
 
 
 def curves(title: str, lines: Sequence[Line], *, log: bool = False, stages: Sequence[str] = ()) -> Markup:
@@ -77,18 +79,15 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, stages: Sequ
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if stages:
             axes.set_xlim(-0.02, len(stages) + 0.02)
-            axes.set_xticks([i + 0.5 for i in range(len(stages))], stages)
+            axes.set_xticks([i + 0.5 for i in range(len(stages))], stages, fontsize=10 if len(stages) < 5 else 7.5)
             axes.tick_params(axis="x", length=0)
             for boundary in range(1, len(stages)):
                 axes.axvline(boundary, color=FAINT, linewidth=0.9)
         else:
             axes.margins(x=0.01)
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        named = [line.label for line in lines if line.label]
-        if len(named) > 1:
-            figure.legend(loc="outside lower center", ncols=len(named) if len(named) < 4 else 2, fontsize=9, handlelength=1.3)
-        return _svg(figure, title)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return _svg(figure, title) + _legend_of(lines)
 
 
 def steps(title: str, lines: Sequence[Line], label: str) -> Markup:
@@ -103,8 +102,7 @@ def steps(title: str, lines: Sequence[Line], label: str) -> Markup:
         axes.set_xlim(min(used, default=-1) - 0.06, 1.02)
         axes.set_xlabel(label)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        figure.legend(loc="outside lower center", ncols=1, fontsize=9, handlelength=1.3)
-        return _svg(figure, title)
+        return _svg(figure, title) + _legend_of(lines)
 
 
 def trace(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Markup:
@@ -112,7 +110,7 @@ def trace(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Mark
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas()
         for line in lines:
-            axes.plot(line.steps, line.values, color=SERIES[line.colour % len(SERIES)], label=line.label, marker="o", markersize=4)
+            axes.plot(line.steps, line.values, line.dash, color=SERIES[line.colour % len(SERIES)], marker="o", markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for line in lines for x in line.steps}))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
@@ -120,40 +118,41 @@ def trace(title: str, lines: Sequence[Line], x_label: str, y_label: str) -> Mark
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.margins(y=0.12)
-        if len(lines) > 1:
-            figure.legend(loc="outside lower center", ncols=min(len(lines), 3), fontsize=9, handlelength=1.3)
-        return _svg(figure, title)
+        return _svg(figure, title) + _legend_of(lines)
 
 
-def points(
-    title: str, groups: Mapping[str, Sequence[Sequence[float]]], labels: tuple[str, str] | None = None, named: bool = False
-) -> Markup:
-    """Groups of points in the plane. `labels` of the axes, which have no numbers without; `named` writes names beside points."""
+def points(title: str, groups: Mapping[str, Sequence[Sequence[float]]], labels: tuple[str, str] | None = None) -> Markup:
+    """Groups of points in the plane, each with a colour and a marker.
+
+    With `labels` of the axes, the axes have numbers and the points are few: they are large and hollow, so that points at nearly the
+    same place stay visible, and the legend gives their coordinates.
+    """
     with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "both"}):
         figure, axes = _canvas()
+        entries = []
         for i, (name, spots) in enumerate(groups.items()):
-            colour, marker = SERIES[i % len(SERIES)], MARKERS[i // len(SERIES) % len(MARKERS)]
+            colour, marker = SERIES[i % len(SERIES)], tuple(MARKERS)[i % len(MARKERS)]
             x, y = zip(*spots, strict=True)
-            axes.scatter(x, y, s=44 if named else 13, color=colour, marker=marker, linewidths=0, alpha=1 if named else 0.75, label=name)
-            if named:
-                axes.annotate(name, (x[0], y[0]), xytext=(6, 4), textcoords="offset points", color=INK, fontsize=9)
-        axes.margins(0.16 if named else 0.06)
+            if labels:
+                axes.plot(x, y, color=colour, marker=marker, markersize=9, linestyle="", fillstyle="none", markeredgewidth=1.8)
+            else:
+                axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linestyle="", alpha=0.75, markeredgewidth=0)
+            entries.append((f"{name} ({x[0]:.2f}, {y[0]:.2f})" if labels else name, i, MARKERS[marker]))
+        axes.margins(0.16 if labels else 0.06)
         if labels:
             axes.set_xlabel(labels[0])
             axes.set_ylabel(labels[1])
         else:
             axes.set_xticks([])
             axes.set_yticks([])
-        if not named:
-            figure.legend(loc="outside right upper", fontsize=8, handlelength=0.8, ncols=1 + (len(groups) - 1) // 14, columnspacing=0.8)
-        return _svg(figure, title)
+        return _svg(figure, title) + _legend(entries)
 
 
 def heatmap(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> Markup:
-    """A square table of numbers, shaded from their smallest to their largest; written out where there is room."""
+    """A square table of numbers, shaded from the smallest to the largest. The numbers are written for up to 10 names."""
     low, high = min(min(row) for row in values), max(max(row) for row in values)
     with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _canvas(height=3.4 if len(names) > 8 else 2.75)
+        figure, axes = _canvas(height=WIDTH if len(names) > 8 else 3.2)
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 share = (value - low) / (high - low) if high > low else 0.5
@@ -171,21 +170,33 @@ def heatmap(title: str, names: Sequence[str], values: Sequence[Sequence[float]])
         return _svg(figure, title)
 
 
-def _canvas(height: float = 2.75) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, height), layout="constrained")
+def _canvas(height: float = 2.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _curve(axes: Axes, line: Line) -> None:
-    colour = SERIES[line.colour % len(SERIES)]
-    if line.noisy and len(line.values) > 40:
-        axes.plot(line.steps, line.values, color=colour, alpha=0.28, linewidth=1)
-        axes.plot(line.steps, _smoothed(line.values, len(line.values) // 20), color=colour, label=line.label)
-    else:
-        axes.plot(line.steps, line.values, color=colour, label=line.label, marker="o" if len(line.values) < 3 else None, markersize=4)
+    colour, half = SERIES[line.colour % len(SERIES)], line.half_window
+    faint = line.faint or (line.values if half else ())
+    if faint:
+        axes.plot(line.steps, faint, color=colour, alpha=0.28, linewidth=1)
+    marker = "o" if len(line.values) < 3 else None
+    axes.plot(line.steps, smoothed(line.values, half), line.dash, color=colour, marker=marker, markersize=4)
 
 
-def _smoothed(values: Sequence[float], half: int) -> list[float]:
+def _legend_of(lines: Sequence[Line]) -> Markup:
+    """The legend of labelled lines; empty for a single one without a label."""
+    return _legend([(line.label, line.colour, DASHES[line.dash]) for line in lines if line.label])
+
+
+def _legend(entries: Sequence[tuple[str, int, str]]) -> Markup:
+    """HTML for (label, number of the series, glyph); the glyph has the colour of the series."""
+    items = [Markup('<li><i style="color: var(--series-{})">{}</i> {}</li>').format(series % len(SERIES) + 1, glyph, label)
+             for label, series, glyph in entries]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items)) if items else Markup("")
+
+
+def smoothed(values: Sequence[float], half: int) -> list[float]:
     """Centred moving average over 2 half + 1 values, fewer near the ends, the same number on both sides."""
     smoothed = []
     for i in range(len(values)):

@@ -1,7 +1,7 @@
-"""`report.html` of a run: one file that opens offline, made of nothing but what lies in the run folder.
+"""`report.html` of a run: one file that opens offline, made from the files of the run folder.
 
-Reads config.json, summary.json, searches.json and each stage's metrics.jsonl and evaluation.json. Whatever is not there yet is left
-out, so a run may be looked at while it trains.
+Reads config.json, summary.json, timings.json, searches.json and each stage's metrics.jsonl and evaluation.json. Files that do not
+exist yet are left out, so the report of a run can be written while it trains.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from markupsafe import Markup
 from conan_jax.errors import DataError
 from conan_jax.files import read_json, write_file
 from conan_jax.figures import by_language
-from conan_jax.train.charts import Line, bars, curves
+from conan_jax.train.charts import Line, curves, smoothed
 from conan_jax.train.pictures import of_stages
+from conan_jax.train.smoothing import SMOOTHING_UPDATES
 from conan_jax.versions import versions_of
 
 BASELINES = ("untrained", "bm25")
 HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy", "f1", "v_measure")
 MAIN = {"retrieval": "ndcg@10", "mkqa": "recall@100", "sts": "spearman", "bitext": "f1", "classification": "accuracy",
-        "clustering": "v_measure"}  # the figure people quote for a kind of set
+        "clustering": "v_measure"}  # the usual metric of a kind of set
 PACKAGES = ("conan_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "sentencepiece", "numpy")
 SCHEDULED = ("learning_rate", "alpha", "replaced_low", "replaced_drop", "exhausted")  # exact, so never smoothed
 PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -38,7 +40,7 @@ Records = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds. `metrics` and `evaluations` are in the order of the stages, only those that exist."""
+    """The contents of a run folder. `metrics` and `evaluations` are in the order of the stages, only those that exist."""
 
     folder: Path
     config: dict[str, Any]
@@ -46,7 +48,8 @@ class RunFiles:
     searches: dict[str, list[dict[str, Any]]]
     metrics: dict[str, Records]
     evaluations: dict[str, dict[str, dict[str, float]]]
-    diagnostics: dict[str, dict[str, dict[str, Any]]]  # stage -> evaluation -> what eval.diagnostics found
+    diagnostics: dict[str, dict[str, dict[str, Any]]]  # stage -> evaluation -> result of eval.diagnostics
+    timings: dict[str, float]  # phase -> seconds, over restarts
 
     @property
     def stages(self) -> list[str]:
@@ -54,7 +57,7 @@ class RunFiles:
 
     @property
     def main(self) -> str | None:
-        """The evaluation whose figures stand in summary.json, or the first there is."""
+        """The evaluation that is marked as `main`, or the first one."""
         marked = [e["name"] for e in self.config.get("evaluations", []) if e.get("main")]
         found = _evaluation_names(self)
         return next((name for name in (*marked, *found) if name in found), None)
@@ -69,15 +72,15 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     page = PAGES.get_template("report.html").render(
         name=files.config.get("name", files.folder.resolve().name),
         cards=cards(files),
-        by_stage=stage_bars(files),
+        bars=stage_bars(files),
         tables=[table for metric in HEADLINES if (table := result_table(files, metric))],
         other_tables=[table for metric in _other_metrics(files) if (table := result_table(files, metric))] + language_tables(files),
         losses=loss_charts(files),
         vectors=vector_charts(files),
         charts=run_charts(files),
-        progress=stage_progress(files),
+        phases=phases(files),
         searches=files.searches,
-        timings=files.summary.get("timings", {}),
+        commands=next_commands(files),
         settings=settings_sections(files.config),
         versions=versions(),
     )
@@ -87,7 +90,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Read what there is of a run. Raises `DataError` when `folder` has no config.json, or a file is not what it must be."""
+    """Read the files of a run that exist. Raises `DataError` when `folder` has no config.json, or when a file is damaged."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} is not the folder of a run (no config.json); train one with `conan demo` or `conan train`")
     config = read_json(folder / "config.json", {})
@@ -100,11 +103,12 @@ def read_run(folder: Path) -> RunFiles:
         metrics={name: records for name, records in metrics.items() if records},
         evaluations={name: figures for name, figures in evaluations.items() if figures},
         diagnostics={name: found for name, found in diagnostics.items() if found},
+        timings=read_json(folder / "timings.json", {}),
     )
 
 
 def _json_lines(path: Path) -> Records:
-    """The whole records of a metrics.jsonl; a last line that is still being written is left out."""
+    """The records of a metrics.jsonl. An incomplete last line, which is still being written, is left out."""
     if not path.is_file():
         return []
     records = []
@@ -121,11 +125,11 @@ def _json_lines(path: Path) -> Records:
     return records
 
 
-# ---------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------- metrics
 
 
 def cards(files: RunFiles) -> list[dict[str, str]]:
-    """The few numbers a person looks for first."""
+    """The most important numbers: the main metric, parameters, time, updates."""
     made = []
     trained = [name for name in files.stages if name in files.evaluations]
     main = files.main
@@ -148,14 +152,14 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
 
 
 def result_table(files: RunFiles, metric: str) -> dict[str, Any] | None:
-    """Rows: evaluations that have `metric`; columns: baselines and stages. The best trained figure of a row is marked."""
+    """Rows: evaluations that have `metric`; columns: baselines and stages. The best value of a trained stage is marked."""
     values = {name: {who: figures[name][metric] for who, figures in files.evaluations.items() if metric in figures.get(name, {})}
               for name in _evaluation_names(files)}
     return shown_table(metric_title(metric), list(files.evaluations), {name: row for name, row in values.items() if row})
 
 
 def language_tables(files: RunFiles) -> list[dict[str, Any]]:
-    """For each evaluation with figures by language (`ndcg@10/de`), a table whose rows are languages."""
+    """For each evaluation with metrics by language (`ndcg@10/de`), a table whose rows are languages."""
     tables = []
     for name in _evaluation_names(files):
         rows: dict[str, dict[str, float]] = {}
@@ -169,7 +173,7 @@ def language_tables(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def shown_table(title: str, columns: list[str], rows: dict[str, dict[str, float]], first: str = "evaluation") -> dict[str, Any] | None:
-    """What the page shows of `rows[name][column]`; None without rows."""
+    """The table of `rows[name][column]` as the template takes it; None without rows."""
     shown = []
     for name, values in rows.items():
         best = max((v for c, v in values.items() if c not in BASELINES), default=None)
@@ -188,32 +192,59 @@ def _other_metrics(files: RunFiles) -> list[str]:
     return [m for m in found if m not in HEADLINES and "/" not in m]
 
 
-def stage_bars(files: RunFiles) -> Markup | None:
-    """The main figure by stage beside the baselines."""
+def stage_bars(files: RunFiles) -> dict[str, Any] | None:
+    """The main metric of the baselines and of each stage, as a bar chart."""
     main = files.main
     metric = next((m for m in HEADLINES if main and any(m in f.get(main, {}) for f in files.evaluations.values())), None)
     if metric is None:
         return None
-    values = {_title(who): f[main][metric] for who, f in files.evaluations.items() if metric in f.get(main, {})}
-    return bars(f"{metric_title(metric)} by stage", list(values), list(values.values()), [_title(b) for b in BASELINES])
+    values = {who: f[main][metric] for who, f in files.evaluations.items() if metric in f.get(main, {})}
+    top = max([*values.values(), 0.05])
+    return {"title": f"{metric_title(metric)} by stage", "evaluation": main,
+            "rows": [{"label": _title(who), "text": f"{value:.3f}", "percent": round(100 * max(value, 0.0) / top), "baseline": who in BASELINES}
+                     for who, value in values.items()]}
 
 
 def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
-    """A chart of the loss for each stage; a stage of several tasks shows each task's own."""
+    """A chart of the smoothed loss for each stage: of all updates, of each task, and of each dataset of a mixture."""
+    kinds = {stage["name"]: stage for stage in files.config.get("stages", [])}
     charts = []
     for stage, records in files.metrics.items():
-        tasks = [key for key in _keys(records) if key.startswith("loss/")]
-        lines = [_line(records, "loss", "weighted sum" if tasks else "loss", 0)]
-        lines += [_line(records, key, key.partition("/")[2], i) for i, key in enumerate(tasks, 1)]
+        several = "weighted sum of the tasks" if kinds.get(stage, {}).get("tasks") else "all datasets"
+        if any("smoothed" in record for record in records):
+            keys = _keys([record.get("smoothed", {}) for record in records])
+            parts = [key for key in keys if key != "loss"]
+            lines = [_smoothed_line(records, "loss", several if parts else "")]
+            lines += [_smoothed_line(records, key, key.partition("/")[2], i) for i, key in enumerate(parts, 1)]
+        else:  # written before losses were smoothed
+            parts = [key for key in _keys(records) if key.startswith("loss/")]
+            lines = [_line(records, "loss", several if parts else "", 0)]
+            lines += [_line(records, key, key.partition("/")[2], i) for i, key in enumerate(parts, 1)]
         lines = [line for line in lines if line.values]
         if lines:
-            change = f"{lines[0].values[0]:.3f} \u2192 {lines[0].values[-1]:.3f}"
-            charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines), "note": change})
+            shown = smoothed(lines[0].values, lines[0].half_window)
+            charts.append({"title": stage, "svg": curves(f"loss of {stage}", lines),
+                           "note": f"{shown[0]:.3f} \u2192 {shown[-1]:.3f}; {_smoothing(lines[0], 'smoothed' in records[-1])}"})
     return charts
 
 
+def _smoothed_line(records: Records, key: str, label: str, colour: int = 0) -> Line:
+    """The recorded mean of a loss; under the loss of the stage the losses of single batches, faint."""
+    found = [record for record in records if key in record.get("smoothed", {})]
+    raw = [record.get(key) for record in found] if key == "loss" else []
+    faint = [float(value) if isinstance(value, int | float) else math.nan for value in raw]
+    return Line(label, [r["step"] for r in found], [r["smoothed"][key]["mean"] for r in found], colour, faint=faint)
+
+
+def _smoothing(line: Line, recorded: bool) -> str:
+    """The number of updates that a point of `line` stands for."""
+    every = (line.steps[-1] - line.steps[0]) / max(len(line.steps) - 1, 1)
+    updates = max(SMOOTHING_UPDATES if recorded else 1, round((2 * line.half_window + 1) * every) if line.half_window else 1)
+    return "each point is the loss of one batch" if updates == 1 else f"smoothed over {updates:,} updates; faint: single batches"
+
+
 def vector_charts(files: RunFiles) -> list[dict[str, Any]]:
-    """What the vectors of the held-out sets look like, stage by stage."""
+    """Charts of the vectors of the held-out sets, stage by stage."""
     kinds = {e["name"]: e.get("kind", "") for e in files.config.get("evaluations", [])}
     charts = []
     for name in dict.fromkeys(name for found in files.diagnostics.values() for name in found):
@@ -223,17 +254,18 @@ def vector_charts(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def run_charts(files: RunFiles) -> list[dict[str, Any]]:
-    """Charts over the whole run, stages side by side: what moved, and how fast."""
+    """Charts of scalars over the whole run, stages side by side."""
     wanted = [
         ("Learning rate", "AdamW, warmup then decay, stage by stage", {"learning_rate": ""}, False),
         ("Soft mask \u03b1", "0 is causal, 1 is bidirectional", {"alpha": ""}, False),
         ("Gradient norm", "before clipping, logarithmic", {"grad_norm": ""}, True),
-        ("Cosine of positives and negatives", "means over the batch; hard negatives are the active slots",
+        ("Cosine of positives and negatives",
+         "means over a batch. A hard negative is chosen for its similarity to the query, so its cosine can exceed that of the positive",
          {"positive_score": "positives", "negative_score": "negatives", "hard_negative_score": "hard negatives"}, False),
-        ("Hard negatives replaced", "running totals, by the rule that asked",
-         {"replaced_low": "low first score", "replaced_drop": "fallen score", "exhausted": "pool exhausted"}, False),
-        ("Tokens per second", "real tokens, padding not counted", {"tokens_per_second": ""}, False),
-        ("MFU", "share of the device's peak", {"mfu": ""}, False),
+        ("Hard negatives replaced", "running totals for each reason of a replacement",
+         {"replaced_low": "first score too low", "replaced_drop": "score has fallen", "exhausted": "pool exhausted"}, False),
+        ("Tokens per second", "without padding", {"tokens_per_second": ""}, False),
+        ("MFU", "share of the peak FLOP/s of the devices", {"mfu": ""}, False),
     ]
     steps = {stage["name"]: stage.get("steps", 0) for stage in files.config.get("stages", [])}
     charts = []
@@ -256,7 +288,7 @@ def run_charts(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def _leading(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Of several tasks with the same figure, the first (retrieval stands first in a recipe): one line a meaning."""
+    """The first task of several with the same metric (retrieval comes first in a recipe), so that each label has one line."""
     chosen: dict[str, str] = {}
     for key, label in found:
         chosen.setdefault(label, key)
@@ -272,18 +304,44 @@ def _line(records: Records, key: str, label: str, colour: int) -> Line:
     return Line(label, [x for x, _ in points], [y for _, y in points], colour, noisy=key not in SCHEDULED)
 
 
-def stage_progress(files: RunFiles) -> list[dict[str, Any]]:
-    """How far each stage is, and what it skipped."""
-    rows = []
+def phases(files: RunFiles) -> list[dict[str, Any]]:
+    """One row for each stage and each other phase: updates, share done, time with restarts, skipped updates."""
+    rows, timings = [], dict(files.timings or files.summary.get("timings", {}))
     for stage in files.config.get("stages", []):
         records = files.metrics.get(stage["name"], [])
         last = records[-1] if records else {}
-        done = last.get("step", 0)
-        rows.append({"name": stage["name"], "kind": stage.get("kind", ""), "done": done, "steps": stage.get("steps", 0),
-                     "percent": round(100 * done / stage["steps"]) if stage.get("steps") else 0,
-                     "seconds": _clock(last["seconds"]) if isinstance(last.get("seconds"), int | float) else "",
-                     "skipped": int(last.get("skipped") or 0)})
-    return rows
+        done, steps = last.get("step", 0), stage.get("steps", 0)
+        seconds = timings.pop(stage["name"], last.get("seconds"))
+        rows.append({"name": stage["name"], "updates": f"{done:,} / {steps:,}", "percent": round(100 * done / steps) if steps else 0,
+                     "time": _clock(seconds) if isinstance(seconds, int | float) else "", "skipped": str(int(last.get("skipped") or 0))})
+    before = [_phase(name, timings.pop(name)) for name in ("prepare",) if name in timings]
+    return [*before, *rows, *(_phase(name, seconds) for name, seconds in timings.items())]
+
+
+def _phase(name: str, seconds: float) -> dict[str, Any]:
+    return {"name": name, "updates": "", "percent": None, "time": _clock(seconds), "skipped": ""}
+
+
+def next_commands(files: RunFiles) -> list[dict[str, str]]:
+    """The commands that use this run, with its folder in them; for a run without a trained embedder, how to continue."""
+    run, out = shlex.quote(os.path.relpath(files.folder)), shlex.quote(os.path.join("exports", files.config.get("name") or "export"))
+    if ".." in run.split("/"):
+        run = shlex.quote(str(files.folder.resolve()))
+    embeds = [s["name"] for s in files.config.get("stages", []) if s.get("kind") not in ("pretrain", "sft")]
+    if not any((files.folder / name / "checkpoints").is_dir() for name in embeds):
+        return [{"what": "No stage of this run makes embeddings yet. Train the next stage: repeat the command that started the run.",
+                 "line": ""}]
+    indexed = (files.folder / "index").is_dir()
+    search = f"conan search \"your question\" --run {run}" if indexed else (
+        f"conan encode corpus.jsonl corpus.npy --model {run} && "
+        f"conan search \"your question\" --model {run} --corpus corpus.npy --documents corpus.jsonl")
+    return [
+        {"what": "Search" if indexed else "Encode a corpus, one JSON object with \"text\" on each line, and search it", "line": search},
+        *([{"what": "Encode a file of texts to vectors", "line": f"conan encode texts.jsonl vectors.npy --model {run}"}] if indexed else []),
+        {"what": "Score it on evaluation sets in a folder", "line": f"conan eval {run} --suite path/to/sets"},
+        {"what": "Export it for sentence-transformers", "line": f"conan export {run} {out}"},
+        {"what": "Compare the export with PyTorch (needs the torch extra)", "line": f"conan verify {out}"},
+    ]
 
 
 def settings_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -323,9 +381,9 @@ def _title(who: str) -> str:
 
 
 def metric_title(name: str) -> str:
-    """A figure's name as people write it."""
+    """The usual spelling of a metric's name."""
     written = {"ndcg": "nDCG", "mrr": "MRR", "f1": "F1", "f1_weighted": "F1 weighted", "ami": "AMI", "v_measure": "V-measure",
-               "v_measure_std": "its deviation"}
+               "v_measure_std": "V-measure std"}
     base, at, depth = name.partition("@")
     return f"{written.get(base, base.capitalize())}{at}{depth}"
 
