@@ -82,6 +82,8 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
             return built
         if built:
             say(f"the source of {out} has changed; building it again")
+        if plan.note:
+            say(plan.note)
         return _build(dataset, plan, out, settings, num_shards, progress, tfds_data_dir)
 
 

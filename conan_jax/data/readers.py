@@ -6,21 +6,22 @@ A reader never holds more than one record (parquet: one batch of 1,024) in memor
 from __future__ import annotations
 
 import csv
+import fnmatch
 import glob
-import gzip
+import itertools
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from conan_jax.data.lines import COMPRESSIONS, MAX_LINE_BYTES, read_lines
 from conan_jax.data.locations import expand_variables
 from conan_jax.data.schema import Reject, is_blank
 from conan_jax.errors import DataError
 
-MAX_RECORD_BYTES = 64 * 2**20  # of one line or paragraph; longer ones are skipped unread
+MAX_RECORD_BYTES = MAX_LINE_BYTES  # of one line or paragraph; longer ones are skipped unread
 SEPARATOR = ";"
 TEXT_UNITS = ("paragraph", "line", "file")
 
@@ -39,6 +40,7 @@ class Plan:
 
     source: str
     parts: tuple[Path | str, ...]  # a str is a "tfds:" part
+    left_out: tuple[Path, ...] = ()  # files of no known type below a directory, directories that a pattern matched
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -50,56 +52,150 @@ class Plan:
         """Bytes on disk to read; None when a TFDS part makes that unknown."""
         return sum(file.stat().st_size for file in self.files) if len(self.files) == len(self.parts) else None
 
+    @property
+    def note(self) -> str:
+        """A sentence that names what is left out; empty when all is read."""
+        if not self.left_out:
+            return ""
+        names = ", ".join(map(str, self.left_out[:5])) + (", ..." if len(self.left_out) > 5 else "")
+        return f"{len(self.left_out):,} files or folders of no known type are left out of {self.source}: {names}"
+
 
 def expand(source: str) -> Plan:
     """Resolve `source`: paths, globs (`**` too), directories or `tfds:NAME[/CONFIG]:SPLIT`, several joined by ";".
 
-    `$NAME` and `${NAME}` are taken from the environment. A directory stands for all files below it that have a
-    known suffix, hidden ones excepted. Files of one pattern come sorted by name; none is read twice.
+    `$NAME` and `${NAME}` are taken from the environment; a path that exists as it is written is taken as it is. A directory stands
+    for all files below it that have a known suffix, in upper or lower case, hidden ones excepted. Symbolic links are followed.
+    Files of one pattern come sorted by name; none is read twice, whatever number of links lead to it.
 
     Raises:
-        DataError: a variable is not set, nothing matches, or a file is of no known type.
+        DataError: a variable is not set, nothing matches, a file is of no known type, or a link leads to nothing.
     """
     parts: list[Path | str] = []
+    left_out: list[Path] = []
     seen: set[str] = set()
-    for part in filter(None, (p.strip() for p in source.split(SEPARATOR))):
-        part = expand_variables(part)
+    for part in _split(source):
         if part.startswith("tfds:"):
             parts.append(part)
             continue
-        for file in _files(part, source):
+        path = Path(os.path.expanduser(part))
+        found, others = _in_directory(path) if path.is_dir() else _matching(path, source)
+        left_out += others
+        for file in found:
             if (real := os.path.realpath(file)) not in seen:
                 seen.add(real)
                 parts.append(file)
     if not parts:
         raise DataError("the source is empty; give a file, a glob, a directory or tfds:NAME[/CONFIG]:SPLIT")
-    return Plan(source, tuple(parts))
+    return Plan(source, tuple(parts), tuple(left_out))
 
 
-def _files(pattern: str, source: str) -> list[Path]:
-    path = Path(os.path.expanduser(pattern))
-    if path.is_dir():
-        if any(path.glob("*.array_record*")):
-            raise DataError(f"{path} is an ArrayRecord dataset already; read it as tfds:{path}:train, or train on it as it is")
-        files = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) and not _hidden(f.relative_to(path)))
-        if not files:
-            raise DataError(f"the directory {path} holds no file of a known type ({', '.join(_READERS)}, each with or without .gz)")
-        return files
-    files = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, hidden files and folders excepted. Symbolic links are followed, each folder is entered once.
+
+    Raises `DataError` for a link that leads to nothing and for a folder that cannot be read.
+    """
+    files: list[Path] = []
+    links: list[Path] = []
+    seen: set[str] = set()
+
+    def walk(directory: Path) -> None:
+        if (real := os.path.realpath(directory)) in seen:
+            return
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{directory} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            path = directory / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not os.path.exists(path):
+                raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; remove the link, or restore the file")
+            if entry.is_dir(follow_symlinks=False):
+                walk(path)
+            elif entry.is_dir():
+                links.append(path)
+            elif entry.is_file():
+                files.append(path)
+
+    walk(folder)
+    while links:  # after all that is here without links, so that files keep the names they have here
+        walk(links.pop(0))
+    return _once(files)
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """`files` sorted, each file once, under the shortest of its names."""
+    names: dict[str, Path] = {}
+    for file in sorted(files, key=lambda file: (len(file.parts), file)):
+        names.setdefault(os.path.realpath(file), file)
+    return sorted(names.values())
+
+
+def _split(source: str) -> list[str]:
+    """The parts of a source, variables expanded; a ";" or "$" in the name of a path that exists belongs to the name."""
+    pieces, parts = source.split(SEPARATOR), []
+    while pieces:
+        whole = next((n for n in range(len(pieces), 0, -1) if os.path.exists(SEPARATOR.join(pieces[:n]).strip())), 0)
+        part = SEPARATOR.join(pieces[: whole or 1]).strip()
+        pieces = pieces[whole or 1 :]
+        if part:
+            parts.append(part if whole else expand_variables(part))
+    return parts
+
+
+def _in_directory(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of known types below `folder`, and the others."""
+    files = files_below(folder)
+    built = next((file for file in files if ".array_record" in file.name), None)
+    if built is not None:
+        raise DataError(f"{built.parent} is an ArrayRecord dataset already; read it as tfds:{built.parent}:train, or train on it as it is")
+    known = [file for file in files if _format(file)]
+    if not known:
+        raise DataError(f"the directory {folder} holds no file of a known type ({_KNOWN})")
+    return known, [file for file in files if not _format(file)]
+
+
+def _matching(pattern: Path, source: str) -> tuple[list[Path], list[Path]]:
+    """The files that `pattern` names, and the directories that it matches and of which it takes no file."""
+    found = [pattern] if pattern.is_file() else _glob(pattern)
+    for path in found:
+        if not path.exists():
+            raise DataError(f"{path} is a link to {os.readlink(path)}, which is not there; remove the link, or restore the file")
+    files = _once(path for path in found if path.is_file())
     if not files:
-        raise DataError(f"no file matches {path}" + (f" (from {source})" if str(path) != source else "") + "; check the path")
+        raise DataError(f"no file matches {pattern}" + (f" (from {source})" if str(pattern) != source else "") + "; check the path")
     for file in files:
         if _format(file) is None:
-            raise DataError(f"{file} is of no known type; name it {', '.join(_READERS)}, each with or without .gz")
-    return files
+            raise DataError(f"{file} is of no known type; name it {_KNOWN}")
+    entered = {parent for file in files for parent in file.parents}
+    return files, sorted(path for path in found if path.is_dir() and path not in entered and path.resolve() not in entered)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _glob(pattern: Path) -> list[Path]:
+    """As `glob.glob`, but `**` enters each folder once: two links to a folder above make 2^40 paths there."""
+    if "**" not in pattern.parts:
+        return [Path(path) for path in glob.glob(str(pattern))]
+    place = pattern.parts.index("**")
+    heads = [Path(head) for head in glob.glob(str(Path(*pattern.parts[:place])))] if place else [Path()]
+    return [file for head in heads if head.is_dir() for file in files_below(head)
+            if _fits(file.relative_to(head).parts, pattern.parts[place:])]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _format(path: Path) -> str | None:
-    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
 
 
@@ -116,55 +212,15 @@ def read(plan: Plan, fields: Mapping[str, str] | None = None, *, tfds_data_dir: 
 
             yield from tfds_reader.read(part, before, data_dir=tfds_data_dir)
             continue
-        reader = _READERS[_format(part) or ""]
-        done = 0
-        for where, raw, done in reader(part, fields or {}):
-            yield Item(f"{part}:{where}", raw, before + done)
+        for item in read_file(part, fields):
+            yield item._replace(done=before + item.done)
         before += part.stat().st_size
 
 
-class _Opened:
-    """A binary stream over a file, unzipped if need be, with the position in the file on disk."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._disk = open(path, "rb")
-        except OSError as error:
-            raise DataError(f"{path} cannot be opened: {error.strerror}") from None
-        self.stream: BinaryIO = gzip.open(self._disk) if path.suffix == ".gz" else self._disk  # type: ignore[assignment]
-
-    def __enter__(self) -> _Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-        self._disk.close()
-
-    @property
-    def done(self) -> int:
-        return self._disk.tell()
-
-
-def _lines(path: Path, opened: _Opened) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, line without its end), or None for one that is too long. Refuses UTF-16, drops a BOM."""
-    number = 0
-    try:
-        while line := opened.stream.readline(MAX_RECORD_BYTES):
-            number += 1
-            if number == 1:
-                if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise DataError(f"{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) >= MAX_RECORD_BYTES - 3 and not line.endswith(b"\n"):
-                while (rest := opened.stream.readline(MAX_RECORD_BYTES)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, None
-            else:
-                yield number, line.rstrip(b"\r\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is truncated or damaged after line {number:,} ({error}); fetch or compress it again") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read after line {number:,}: {error}") from None
+def read_file(path: Path, fields: Mapping[str, str] | None = None) -> Iterator[Item]:
+    """All raw records of one file of a known type, in order, as `read` gives them."""
+    for where, raw, done in _READERS[_format(path) or ""](path, fields or {}):
+        yield Item(f"{path}:{where}", raw, done)
 
 
 def _too_long() -> Reject:
@@ -172,72 +228,110 @@ def _too_long() -> Reject:
 
 
 def _jsonl(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, int]]:
-    with _Opened(path) as opened:
-        for number, line in _lines(path, opened):
-            if number == 1 and line is not None and line.lstrip().startswith(b"["):
-                raise DataError(f"{path} is one JSON array, not one object a line; convert it: jq -c '.[]' IN > OUT.jsonl")
-            if line is None:
-                yield number, _too_long(), opened.done
-            elif line.strip():
-                yield number, _json(line), opened.done
+    for number, line, done in read_lines(path, MAX_RECORD_BYTES):
+        if line is None:
+            yield number, _too_long(), done
+        elif line.strip():
+            raw = parse_json(line)
+            if number == 1:
+                _check_one_value_a_line(path, line.strip(), raw)
+            yield number, raw, done
 
 
-def _json(line: bytes) -> Any:
+def _check_one_value_a_line(path: Path, line: bytes, raw: Any) -> None:
+    """Refuse a file that is one JSON value over several lines, or one array of objects on its first line."""
+    if line.startswith(b"[") and (isinstance(raw, Reject) or (isinstance(raw, list) and all(isinstance(item, dict) for item in raw))):
+        raise DataError(f"{path} is one JSON array, not one object a line; convert it: jq -c '.[]' IN > OUT.jsonl")
+    if line == b"{":
+        raise DataError(f"{path} has a JSON object over several lines, not one object a line; convert it: jq -c . IN > OUT.jsonl")
+
+
+def parse_json(line: bytes) -> Any:
+    """The JSON value of a line, or a `Reject` that says why the line has none. An object that gives a key twice has none."""
+
     def reject(reason: str, detail: str) -> Reject:
         return Reject(reason, detail, line[:2000].decode("utf-8", "replace"))
 
     if b"\0" in line:
         return reject("nul", f"the line holds a NUL byte at {line.index(0)}")
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return reject("invalid_utf8", f"{error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return reject("broken_json", f"{error.msg} at character {error.pos}")
+    except KeyError as error:
+        return reject("repeated_key", f"the key {error.args[0][:80]!r} is given twice in one object")
     except (ValueError, RecursionError) as error:  # a number of too many digits, too deep a nesting
         return reject("broken_json", str(error))
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def _table(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, int]]:
-    """csv with quotes (RFC 4180); tsv without any, as the text/tab-separated-values type has it. Both with a header."""
+    """csv with quotes (RFC 4180); tsv without any, as text/tab-separated-values has it, unless its header is quoted. Both with a header.
+
+    A cell of an unquoted tsv that is wholly in quotes is a reject: whether they belong to the text cannot be known.
+    """
     tsv = _format(path) == ".tsv"
     csv.field_size_limit(MAX_RECORD_BYTES)
-    with _Opened(path) as opened:
-        number = 0
+    number = done = 0
 
-        def lines() -> Iterator[str]:
-            nonlocal number
-            for number, line in _lines(path, opened):
-                if line is None:
-                    raise DataError(f"{path}:{number} is longer than {MAX_RECORD_BYTES:,} bytes; is it really a table?")
-                yield line.decode("utf-8", "surrogateescape") + "\n"  # bad bytes are found, and counted, by schema.parse
+    def lines() -> Iterator[str]:
+        nonlocal number, done
+        for number, line, done in read_lines(path, MAX_RECORD_BYTES):
+            if line is None:
+                raise DataError(f"{path}:{number} is longer than {MAX_RECORD_BYTES:,} bytes; is it really a table?")
+            yield line.decode("utf-8", "surrogateescape") + "\n"  # bad bytes are found, and counted, by schema.parse
 
-        rows = csv.reader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if tsv else csv.reader(lines(), strict=True)
-        header: list[str] | None = None
-        while True:
-            start = number + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                if "unexpected end of data" in str(error) or "field larger than" in str(error):
-                    raise DataError(f"{path}: the quote opened at or after line {start} is never closed; "
-                                    "fix the file or save it as jsonl") from None
-                yield start, Reject("broken_row", f"lines {start}-{number}: {error}"), opened.done
-                continue
-            if header is None:
-                header = row
-                if len(set(header)) != len(header):
-                    raise DataError(f"{path} names a column twice in its header: {', '.join(header)}")
-            elif row:
-                if len(row) != len(header):
-                    what = f"{len(row)} columns, the header has {len(header)} ({', '.join(header)})"
-                    yield start, Reject("broken_row", what, (",\t"[tsv]).join(row)[:2000]), opened.done
-                else:
-                    yield start, dict(zip(header, row)), opened.done
+    source = lines()
+    first = next(source, None)
+    if first is None:
+        raise DataError(f"{path} is empty; a table needs a header line")
+    unquoted = tsv and not all(map(_quoted, first.rstrip("\n").split("\t")))
+    rows = csv.reader(itertools.chain([first], source), strict=not unquoted, delimiter="\t" if tsv else ",",
+                      quoting=csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL)
+    header: list[str] | None = None
+    end = 0
+    while True:
+        start = end + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            end = number
+            if "unexpected end of data" in str(error) or "field larger than" in str(error):
+                raise DataError(f"{path}: the quote opened at or after line {start} is never closed; "
+                                "fix the file or save it as jsonl") from None
+            yield start, Reject("broken_row", f"lines {start}-{number}: {error}"), done
+            continue
+        end = number
         if header is None:
-            raise DataError(f"{path} is empty; a table needs a header line")
+            header = row
+            if len(set(header)) != len(header):
+                raise DataError(f"{path} names a column twice in its header: {', '.join(header)}")
+        elif row:
+            excerpt = (",\t"[tsv]).join(row)[:2000]
+            if len(row) != len(header):
+                what = f"{len(row)} columns, the header has {len(header)} ({', '.join(header)[:200]})"
+                yield start, Reject("broken_row", what, excerpt), done
+            elif unquoted and (quoted := next(filter(_quoted, row), None)) is not None:
+                what = f"{quoted[:80]!r} is wholly in quotes, and tsv has none; save the file as csv, or as jsonl if they belong to the text"
+                yield start, Reject("quoted_cell", what, excerpt), done
+            else:
+                yield start, dict(zip(header, row)), done
+
+
+def _quoted(cell: str) -> bool:
+    """True for a cell that a writer of quoted tables may have made: in quotes, and each quote inside of it doubled."""
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
 def _plain(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, int]]:
@@ -246,27 +340,26 @@ def _plain(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, in
     if unit not in TEXT_UNITS:
         raise DataError(f"{path} is plain text, which has no column {unit!r}; map text to one of {', '.join(TEXT_UNITS)}")
     held: list[str] = []
-    start, size = 1, 0
+    start, size, done = 1, 0, 0
 
     def taken() -> Any:
         return _too_long() if size > MAX_RECORD_BYTES else {unit: "\n".join(held).strip("\n")}
 
-    with _Opened(path) as opened:
-        for number, line in _lines(path, opened):
-            text = None if line is None else line.decode("utf-8", "surrogateescape")
-            if text is not None and is_blank(text) and unit != "file":
-                if size:
-                    yield start, taken(), opened.done
-                held, size = [], 0
-            elif unit == "line":
-                yield number, _too_long() if text is None else {unit: text}, opened.done
-            else:
-                start = start if size else number
-                size += MAX_RECORD_BYTES + 1 if line is None else len(line) + 1
-                held = [] if size > MAX_RECORD_BYTES else held
-                held.append(text or "")
-        if size and (unit != "file" or not is_blank("".join(held))):
-            yield start, taken(), opened.done
+    for number, line, done in read_lines(path, MAX_RECORD_BYTES):
+        text = None if line is None else line.decode("utf-8", "surrogateescape")
+        if text is not None and is_blank(text) and unit != "file":
+            if size:
+                yield start, taken(), done
+            held, size = [], 0
+        elif unit == "line":
+            yield number, _too_long() if text is None else {unit: text}, done
+        else:
+            start = start if size else number
+            size += MAX_RECORD_BYTES + 1 if line is None else len(line) + 1
+            held = [] if size > MAX_RECORD_BYTES else held
+            held.append(text or "")
+    if size and (unit != "file" or not is_blank("".join(held))):
+        yield start, taken(), done
 
 
 def _parquet(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, int]]:
@@ -277,12 +370,15 @@ def _parquet(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, 
     try:
         size = path.stat().st_size
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise DataError(f"{path} has a column twice: {', '.join(names)}")
             total = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=1024):
                 done = size * min(row + len(batch), total) // total
                 try:
                     records: list[Any] = batch.to_pylist()
-                except UnicodeDecodeError:
+                except Exception:  # text that is not UTF-8, a date beyond year 9999, ...: of some rows only
                     records = [_parquet_row(batch, i) for i in range(len(batch))]
                 for record in records:
                     row += 1
@@ -296,6 +392,9 @@ def _parquet_row(batch: Any, index: int) -> Any:
         return batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
         return Reject("invalid_utf8", f"{error.reason} at byte {error.start}")
+    except Exception as error:  # pyarrow raises many types for values that Python cannot hold
+        return Reject("broken_row", f"{type(error).__name__}: {error}")
 
 
 _READERS = {".jsonl": _jsonl, ".json": _jsonl, ".ndjson": _jsonl, ".csv": _table, ".tsv": _table, ".parquet": _parquet, ".txt": _plain}
+_KNOWN = f"{', '.join(_READERS)}, each as it is or compressed ({', '.join(COMPRESSIONS)})"

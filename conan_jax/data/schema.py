@@ -29,7 +29,9 @@ KINDS: dict[RecordKind, dict[str, FieldType]] = {
 
 REASONS = {
     "broken_json": "the line is not one JSON value",
-    "broken_row": "the row does not have the columns of its header",
+    "repeated_key": "an object gives one key twice",
+    "broken_row": "the row does not have the columns of its header, or cannot be read",
+    "quoted_cell": "a cell of a tsv is in quotes, which tsv does not have",
     "invalid_utf8": "the text is not valid UTF-8, or holds half a surrogate pair",
     "nul": "the text holds a NUL character",
     "missing_field": "a field is not there, or is null",
@@ -192,12 +194,20 @@ def _texts(value: Any, name: str) -> list[str]:
     return [_text(item, f"{name}[{i}]") for i, item in enumerate(items)]
 
 
-def _number(value: Any, name: str) -> float:
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+
+
+def number(value: Any, name: str) -> float:
+    """A number, or the text of one in decimal digits, as a float that float32 can hold.
+
+    Raises:
+        Reject: it is no number, is not finite, or is a text that Python reads as a number and others do not, like "1_0".
+    """
     if isinstance(value, bytes | str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise Reject("wrong_type", f"{name} must be a number, found {value[:40]!r}") from None
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        if not _NUMBER.fullmatch(text):
+            raise Reject("wrong_type", f"{name} must be a number, found {text[:40]!r}")
+        value = float(text)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Reject("wrong_type", f"{name} must be a number, found {type(value).__name__}")
     if not abs(value) <= _FLOAT32_MAX:  # also true of NaN
@@ -249,7 +259,7 @@ def _build_retrieval(values: dict[str, Any], dropped: Counter[str]) -> dict[str,
     neg = values.get("neg", [])
     pool = [] if isinstance(neg, str | bytes) and not neg.strip() else _texts(neg, "neg")
     scores = values.get("scores", [])
-    scores = [_number(s, f"scores[{i}]") for i, s in enumerate(scores if isinstance(scores, list | tuple) else [scores])]
+    scores = [number(s, f"scores[{i}]") for i, s in enumerate(scores if isinstance(scores, list | tuple) else [scores])]
     if scores and len(scores) != len(pool):
         raise Reject("length_mismatch", f"{len(scores)} scores for {len(pool)} negatives")
     order = sorted(range(len(pool)), key=lambda i: -scores[i]) if scores else range(len(pool))
@@ -274,7 +284,7 @@ def _distinct(texts: list[str]) -> list[str]:
 
 def _build_sts(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:
     return {"sentence1": _text(values["sentence1"], "sentence1"), "sentence2": _text(values["sentence2"], "sentence2"),
-            "score": _number(values["score"], "score")}
+            "score": number(values["score"], "score")}
 
 
 def _build_labelled(values: dict[str, Any], dropped: Counter[str]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Each format yields its records with their places, and says what is wrong with a file that cannot be read."""
 
+import bz2
+import datetime
 import gzip
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,7 +67,60 @@ def test_a_truncated_gzip_is_an_error_with_its_place(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize(("data", "said"), [(b'[{"a": 1}]', "jq -c"), ("é".encode("utf-16"), "iconv")])
+def zstd(data):
+    return pa.Codec("zstd").compress(data).to_pybytes()
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [
+    (".gz", gzip.compress), (".GZ", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd)])
+def test_compressed_files(tmp_path, suffix, compress):
+    lines = "".join(json.dumps({"n": i}) + "\n" for i in range(3000)).encode()
+    path = tmp_path / f"a.JSONL{suffix}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + lines) + compress(lines))
+    items = read(tmp_path)
+    assert [item.raw["n"] for item in items] == [*range(3000), *range(3000)]
+    assert items[-1].done == path.stat().st_size and items[3000].location == f"{path}:3001"
+    for damaged in (compress(lines)[:-20], b"not compressed", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged|empty"):
+            read(path)
+    plain = tmp_path / "b.csv"
+    plain.write_bytes(compress(lines))
+    with pytest.raises(DataError, match=rf"b\.csv{suffix.lower()}"):
+        read(plain)
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg"
+    assert raws(write(tmp_path / "a.txt", f"{text}\r\n{text}"), {"text": "line"}) == [{"line": text}] * 2
+    assert raws(write(tmp_path / "a.jsonl", json.dumps({"t": text}, ensure_ascii=False) + "\n")) == [{"t": text}]
+    assert raws(write(tmp_path / "a.csv", f"t,u\n{text},1\n")) == raws(write(tmp_path / "a.tsv", f"t\tu\n{text}\t1\n")) == [{"t": text, "u": "1"}]
+
+
+@pytest.mark.parametrize(("line", "key"), [('{"a": 1, "b": 2, "a": 3}', "a"), ('{"x": [{"c": 1, "c": 1}]}', "c")])
+def test_a_key_given_twice_is_a_reject_that_names_it(tmp_path, line, key):
+    _, bad = raws(write(tmp_path / "a.jsonl", f'{{"a": 1}}\n{line}\n'))
+    assert bad.reason == "repeated_key" and repr(key) in bad.detail
+
+
+def test_a_quoted_tsv_is_read_with_its_quotes_or_not_at_all(tmp_path):
+    assert raws(write(tmp_path / "a.tsv", '"a"\t"b"\n"x\ty"\t"say ""hi"""\n1\t2\n')) == [{"a": "x\ty", "b": 'say "hi"'}, {"a": "1", "b": "2"}]
+    first, second, third = raws(write(tmp_path / "b.tsv", 'a\tb\n"say ""hi"""\ty\n"x, y"\tz\n"x" or "y"\tz"\n'))
+    assert (first.reason, second.reason) == ("quoted_cell", "quoted_cell")
+    assert third == {"a": '"x" or "y"', "b": 'z"'}
+
+
+def test_arrays_on_lines_are_rejects_of_their_own_and_not_one_json_array(tmp_path):
+    assert raws(write(tmp_path / "a.jsonl", '["q", "p"]\n["q2", "p2"]\n')) == [["q", "p"], ["q2", "p2"]]
+    for whole in ('[{"a": 1}, {"a": 2}]', '[\n{"a": 1},\n{"a": 2}\n]', "[]"):
+        with pytest.raises(DataError, match=r"jq -c '\.\[\]'"):
+            read(write(tmp_path / "a.json", whole))
+    with pytest.raises(DataError, match=r"jq -c \. "):
+        read(write(tmp_path / "a.json", '{\n"a": 1\n}\n'))
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b'[{"a": 1}]', "jq -c"), ("é".encode("utf-16"), "iconv -f UTF-16"), ("é".encode("utf-32"), "iconv -f UTF-32")])
 def test_other_encodings_and_json_arrays_say_how_to_convert(tmp_path, data, said):
     with pytest.raises(DataError, match=said):
         read(write(tmp_path / "a.jsonl", data))
@@ -145,6 +201,51 @@ def test_parquet_with_bad_utf8_rejects_that_row_only(tmp_path):
     assert bad.reason == "invalid_utf8"
 
 
+def test_parquet_that_python_cannot_hold(tmp_path):
+    two = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
+    pq.write_table(two, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column twice: a, a"):
+        read(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"a": pa.array([0, 2**62], pa.timestamp("us"))}), tmp_path / "b.parquet")
+    good, bad = raws(tmp_path / "b.parquet")
+    assert good == {"a": datetime.datetime(1970, 1, 1)} and bad.reason == "broken_row"
+
+
+def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
+    source = tmp_path / "source"
+    for name in ("source/b/own.jsonl", "elsewhere/x.jsonl", "elsewhere/deep/y.jsonl"):
+        write(tmp_path / name, '{"name": "' + name + '"}\n')
+    (source / "a").symlink_to(tmp_path / "elsewhere")
+    (source / "b/again").symlink_to(tmp_path / "elsewhere/deep")
+    (source / "b/loop").symlink_to(source)
+    (tmp_path / "elsewhere/up").symlink_to(tmp_path)
+    (source / "alias.jsonl").symlink_to(source / "b/own.jsonl")
+    whole = {"source/b/own.jsonl", "elsewhere/x.jsonl", "elsewhere/deep/y.jsonl"}
+    for pattern in (source, f"{source}/**/*.jsonl"):
+        assert sorted(raw["name"] for raw in raws(pattern)) == sorted(whole)
+    assert readers.expand(str(source)).files[0] == source / "a/deep/y.jsonl"
+    (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    for pattern in (source, f"{source}/*.jsonl"):
+        with pytest.raises(DataError, match=r"gone\.jsonl is a link to .*nowhere"):
+            read(pattern)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.lz4", "README", "sub/c.jsonl"):
+        write(tmp_path / "data" / name, '{"n": 1}\n')
+    assert readers.expand(str(tmp_path / "data")).left_out == (tmp_path / "data/README", tmp_path / "data/b.jsonl.lz4")
+    assert "b.jsonl.lz4" in readers.expand(str(tmp_path / "data")).note
+    assert readers.expand(f"{tmp_path}/data/[as]*").left_out == (tmp_path / "data/sub",)
+    assert readers.expand(f"{tmp_path}/data/**/*.jsonl").note == ""
+
+
+def test_names_with_signs_of_the_syntax(tmp_path):
+    for name in ("a;b.jsonl", "$HOME.jsonl", "[x].jsonl"):
+        write(tmp_path / name, json.dumps({"n": name}))
+    assert raws(tmp_path / "a;b.jsonl") == [{"n": "a;b.jsonl"}]
+    assert raws(f"{tmp_path}/[x].jsonl;{tmp_path}/a;b.jsonl;{tmp_path}/$HOME.jsonl") == [{"n": n} for n in ("[x].jsonl", "a;b.jsonl", "$HOME.jsonl")]
+
+
 def test_order_of_files_is_by_name_and_none_is_read_twice(tmp_path):
     for name in ("b.jsonl", "a/z.jsonl", "a/b.jsonl.gz", "c.txt", ".hidden/x.jsonl", "notes.md"):
         write(tmp_path / name, '{"text": "' + name + '"}' if "jsonl" in name else "text")
@@ -169,7 +270,7 @@ def test_variables(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("source", "said"), [
     ("{dir}/no.jsonl", "no file matches"), ("{dir}/no*.jsonl", "no file matches"), ("{dir}/a.md", "no known type"),
     ("{dir}/empty", "no file of a known"),
-    ("{dir}/built", "already"), ("", "source is empty"), (" ; ", "source is empty")])
+    ("{dir}/built", "already"), ("{dir}", "already"), ("", "source is empty"), (" ; ", "source is empty")])
 def test_sources_that_stand_for_nothing(tmp_path, source, said):
     write(tmp_path / "a.md", "x")
     (tmp_path / "empty").mkdir()

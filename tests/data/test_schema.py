@@ -122,7 +122,7 @@ def test_rejects_with_their_reason(kind, raw, reason):
 
 
 def test_every_reason_of_a_parsed_record_is_tried():
-    read_only = {"broken_json", "broken_row", "too_long"}
+    read_only = {"broken_json", "broken_row", "repeated_key", "quoted_cell", "too_long"}
     assert {reason for *_, reason in REJECTED} == set(REASONS) - read_only
 
 
@@ -157,6 +157,17 @@ def test_an_optional_field_that_fields_maps_is_counted_when_absent():
     parsed = parse({"query": "q", "pos": "p", "neg": ["n"]}, "retrieval", {"neg": "negs"})
     assert parsed.record["neg"] == []
     assert parsed.dropped == {"no_neg": 1}
+
+
+@pytest.mark.parametrize("score", ["1_0", b"1_0", "\uff11", "1,5", "0x1p3", "infinity", "1e999", "", "1 2"])
+def test_a_text_that_only_python_reads_as_a_number_is_none(score):
+    with pytest.raises(Reject, match="wrong_type"):
+        parse({"sentence1": "a", "sentence2": "b", "score": score}, "sts")
+
+
+@pytest.mark.parametrize(("score", "value"), [(" 1.5 ", 1.5), ("-.5e1", -5.0), (b"+3.", 3.0), (7, 7.0)])
+def test_numbers_as_texts(score, value):
+    assert parse({"sentence1": "a", "sentence2": "b", "score": score}, "sts").record["score"] == value
 
 
 @pytest.mark.parametrize(("kind", "fields", "said"), [
