@@ -84,7 +84,7 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
         raise CheckpointError(f"the export in {exported} is not what was trained; see conan verify {exported} --jax-only")
     report_file = write_report(recipe.folder)
     for question in QUESTIONS[:2]:
-        console.print(answers_table(question, answers[question]))
+        console.print(answers_table(question, answers[question], "summary"))
     console.print(results_table(summary))
     elsewhere = "" if recipe.folder == Path("runs/demo") else f" --run {recipe.folder}"
     console.print(f"report  {report_file}\nexport  {exported} (hold it to PyTorch: {shown_command()} verify {exported})\n"

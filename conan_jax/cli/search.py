@@ -70,7 +70,7 @@ def search(
         if not as_json and i not in answers:
             Console().print(f"line {i + 1} of {queries} is empty", highlight=False, markup=False, soft_wrap=True)
         elif not as_json:
-            Console().print(results_table(question, found))
+            Console().print(results_table(question, found, "text" if corpus else "summary"))
         elif queries is None:
             typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         else:
@@ -91,8 +91,9 @@ def _queries(query: str | None, file: Path | None) -> list[str]:
     return asked
 
 
-def results_table(query: str, answers: list[dict[str, Any]]) -> Table:
-    """Answers as a table: cosine, id and, where texts are known, the first sentence. Nothing in them is read as markup."""
+def results_table(query: str, answers: list[dict[str, Any]], shown: str = "text") -> Table:
+    """Answers as a table: cosine, id and, where texts are known, the field `shown`, or the text where that is empty. Nothing in them is
+    read as markup."""
     table = Table(title=Text(query, style="bold"), title_justify="left", show_edge=False, pad_edge=False, expand=False)
     table.add_column("score", justify="right", style="cyan", no_wrap=True)
     table.add_column("name", style="bold", overflow="fold")
@@ -100,6 +101,6 @@ def results_table(query: str, answers: list[dict[str, Any]]) -> Table:
     if known:
         table.add_column("what it says")
     for answer in answers:
-        says = [Text(str(answer.get("summary") or answer.get("text", ""))[:160])] if known else []
+        says = [Text(str(answer.get(shown) or answer.get("text", ""))[:160])] if known else []
         table.add_row(f"{answer['score']:.3f}", Text(str(answer["id"])), *says)
     return table

@@ -29,7 +29,7 @@ from conan_jax.errors import ConfigError, DataError
 from conan_jax.files import read_json, replacing, write_json
 from conan_jax.folder_lock import FolderLock
 from conan_jax.inference.identity import described
-from conan_jax.inference.precision import DTYPES, Precision, check_precision, checked_ranges, kept_dimensions, quantize, width
+from conan_jax.inference.precision import DTYPES, Precision, check_precision, checked_ranges, kept_dimensions, quantize, refuse_empty_ranges, width
 from conan_jax.inference.source import TextSource
 
 FORMAT = 1
@@ -138,7 +138,7 @@ def check_settings(encoder: Any, out: Path, settings: Settings, ranges: np.ndarr
     if ranges is not None and not quantised:
         raise ConfigError(f"ranges are for int8 and uint8, not for {settings.precision}")
     if ranges is not None:
-        checked_ranges(np.asarray(ranges), dimension)
+        refuse_empty_ranges(checked_ranges(np.asarray(ranges), dimension))
 
 
 def _description(out: Path) -> dict[str, Any] | None:

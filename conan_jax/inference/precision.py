@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float32, Num
 
-from conan_jax.errors import ConfigError
+from conan_jax.errors import ConfigError, DataError
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 DTYPES: dict[str, type] = {"float32": np.float32, "int8": np.int8, "uint8": np.uint8, "binary": np.int8, "ubinary": np.uint8}
@@ -46,7 +46,10 @@ def width(dimension: int, precision: Precision) -> int:
 
 
 def ranges_of(vectors: Float[np.ndarray, "N D"]) -> Float32[np.ndarray, "2 D"]:
-    """The lowest and the highest value of each dimension. Raises `ConfigError` for a single vector: every range would be empty."""
+    """The lowest and the highest value of each dimension.
+
+    Raises `ConfigError` for a single vector, since every range would be empty.
+    """
     if len(vectors) < 2:
         raise ConfigError("int8 and uint8 need ranges: give several texts at once, or `ranges`, the lowest and highest value of each "
                           "dimension over texts like these")
@@ -62,9 +65,14 @@ def quantize(
         ranges: of int8 and uint8, the lowest and the highest value of each dimension; default: those of `vectors`. Values
             outside are clipped.
 
-    Raises `ConfigError` for an unknown precision, ranges of another shape, or one vector without ranges.
+    Raises `ConfigError` for an unknown precision, wrong ranges (`checked_ranges`), or one vector without ranges, and `DataError` for a
+    vector with a number that is not finite.
     """
     check_precision(precision)
+    if not np.isfinite(vectors).all():
+        row = int(np.argwhere(~np.isfinite(np.atleast_2d(vectors)).all(axis=1))[0, 0])
+        raise DataError(f"vector {row} holds a number that is not finite (NaN or infinity): the weights are damaged or their training "
+                        "diverged; use another checkpoint")
     if precision == "float32":
         return vectors.astype(np.float32, copy=False)
     if precision.endswith("binary"):
@@ -73,6 +81,8 @@ def quantize(
     if not len(vectors):
         return np.zeros(vectors.shape, DTYPES[precision])
     low, high = checked_ranges(ranges_of(vectors) if ranges is None else np.asarray(ranges, np.float32), vectors.shape[1])
+    if (vectors != low).any():
+        refuse_empty_ranges(np.stack([low, high]))
     step = (high - low) / 255
     levels = np.clip(np.floor((vectors - low) / np.where(step == 0, 1, step)), 0, 255)
     return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)
@@ -92,7 +102,18 @@ def dequantize(vectors: Num[np.ndarray, "N W"], precision: Precision, dimension:
 
 
 def checked_ranges(ranges: np.ndarray, dimension: int) -> np.ndarray:
-    """`ranges`. Raises `ConfigError` unless they are the lowest and the highest of each of `dimension` numbers."""
+    """`ranges`. Raises `ConfigError` unless they are the lowest and the highest of each of `dimension` numbers: finite, not reversed."""
     if ranges.shape != (2, dimension):
         raise ConfigError(f"ranges must have the shape (2, {dimension}), lowest and highest of each dimension; got {ranges.shape}")
+    for wrong, what in ((~np.isfinite(ranges).all(axis=0), "is not finite"), (ranges[0] > ranges[1], "has its lowest above its highest")):
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ConfigError(f"ranges: dimension {at} {what} ({ranges[0, at]}, {ranges[1, at]}); take them from other vectors")
     return ranges
+
+
+def refuse_empty_ranges(ranges: np.ndarray) -> None:
+    """Raise `ConfigError` for ranges that are empty in every dimension: all vectors would be written as one."""
+    if (ranges[0] == ranges[1]).all():
+        raise ConfigError("ranges: the lowest and the highest value are equal in every dimension, so all vectors would become one; take "
+                          "them from several different texts")

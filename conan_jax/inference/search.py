@@ -16,10 +16,11 @@ from conan_jax.files import read_json
 from conan_jax.inference.corpus import FORMAT, Settings, encode_corpus, ids_file, meta_file
 from conan_jax.inference.identity import described
 from conan_jax.inference.precision import DTYPES, dequantize, width
-from conan_jax.inference.source import TextSource
+from conan_jax.inference.source import Text, TextSource
 from conan_jax.inference.top_k import top_k
 
 VECTORS, DOCUMENTS = "vectors.npy", "docs.jsonl"  # of an index folder
+RESERVED = ("id", "row", "score", "text", "record")  # fields of an answer that no field of a record replaces
 
 Answer = dict[str, Any]
 
@@ -80,11 +81,15 @@ def search(
     corpus: Corpus, encoder: Any, queries: Sequence[str], k: int = 5, *, prompt_name: str | None = None, prompt: str | None = None,
     documents: TextSource | None = None, approximate: bool = False,
 ) -> list[list[Answer]]:
-    """For each query the k nearest texts of the corpus, best first: `id`, `row`, `score` (the cosine), and the fields of its record.
+    """For each query the k nearest texts of the corpus, best first: `id`, `row`, `score` (the cosine) and, with `documents`, `text` (the
+    text that was encoded) and the other fields of its record.
+
+    `id` is the one that was kept with the corpus; else the record's own `id`, or its number. Fields of a record that are called `id`,
+    `row`, `score` or `text` and hold something else are under `record`.
 
     Args:
         prompt_name, prompt: as `Encoder.encode_query`.
-        documents: what the corpus was encoded from, for the fields of an answer; its text stands in `text`.
+        documents: what the corpus was encoded from, for the fields of an answer.
         approximate: through a faiss index beside the corpus, made at the first call.
 
     Raises `DataError` when the corpus was made by another model, a query is blank, or `documents` holds other texts.
@@ -102,9 +107,20 @@ def search(
         rows, scores = top_k(vectors, corpus, k)
     chosen = {int(row) for row in rows.reshape(-1) if row >= 0}
     names = corpus.ids(chosen)
-    records = {} if documents is None else _records(documents, chosen, corpus)
-    return [[{"id": names[int(row)], "row": int(row), "score": round(float(score), 4), **records.get(int(row), {})}
-             for row, score in zip(*found) if row >= 0] for found in zip(rows, scores)]
+    texts = {} if documents is None else _texts(documents, chosen, corpus)
+
+    def answer(row: int, score: float) -> Answer:
+        found = {"id": names[row], "row": row, "score": round(score, 4)}
+        if row not in texts:
+            return found
+        own = texts[row].record
+        if corpus.meta.get("id_field") is None and isinstance(own.get("id"), str | int) and not isinstance(own["id"], bool):
+            found["id"] = str(own["id"])
+        found["text"] = texts[row].text
+        taken = {name: own[name] for name in RESERVED if name in own and str(own[name]) != str(found.get(name))}
+        return found | {name: value for name, value in own.items() if name not in RESERVED} | ({"record": taken} if taken else {})
+
+    return [[answer(int(row), float(score)) for row, score in zip(*found) if row >= 0] for found in zip(rows, scores)]
 
 
 def build_index(encoder: Any, documents: str | Path, folder: str | Path, *, max_length: int = 64) -> Path:
@@ -195,18 +211,18 @@ def _ids(file: Path, part: Any, rows: set[int]) -> dict[int, str]:
     return names
 
 
-def _records(documents: TextSource, rows: set[int], corpus: Corpus) -> dict[int, Answer]:
-    """The records of some rows, read in one pass."""
+def _texts(documents: TextSource, rows: set[int], corpus: Corpus) -> dict[int, Text]:
+    """The texts of some rows with their records, read in one pass."""
     if corpus.meta["source"] != documents.identity():
         raise DataError(f"{documents.source} is not what {corpus.files[0]} was encoded from; name that with --documents, or encode the "
                         "corpus again")
     wanted: dict[int, list[int]] = {}
     for row, number in corpus.numbers(rows).items():
         wanted.setdefault(number, []).append(row)
-    found: dict[int, Answer] = {}
+    found: dict[int, Text] = {}
     for number, item in enumerate(documents):
         for row in wanted.pop(number, ()):
-            found[row] = {"text": item.text, **{key: value for key, value in item.record.items() if key not in ("row", "score")}}
+            found[row] = item
         if not wanted:
             break
     return found

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from conan_jax.errors import ConfigError
+from conan_jax.errors import ConfigError, DataError
 from conan_jax.inference.precision import dequantize, quantize, ranges_of, width
 
 VECTORS = np.random.default_rng(0).normal(size=(40, 11)).astype(np.float32)
@@ -57,6 +57,33 @@ def test_back_to_numbers_and_no_vectors_at_all(precision):
     else:
         assert np.abs(back - VECTORS).max() <= (ranges[1] - ranges[0]).max() / 255 * 0.51
     assert quantize(VECTORS[:0], precision).shape == (0, width(11, precision))
+
+
+@pytest.mark.parametrize("precision", ["uint8", "int8"])
+@pytest.mark.parametrize("low, high", [(np.nan, 1), (-1, np.nan), (-np.inf, 1), (1, -1)])
+def test_ranges_that_hold_no_range_are_refused_with_their_dimension(precision, low, high):
+    ranges = np.tile(np.array([[-3], [3]], np.float32), 11)
+    ranges[:, 4] = low, high
+    for call in (lambda: quantize(VECTORS, precision, ranges), lambda: dequantize(np.zeros((2, 11), np.uint8), precision, 11, ranges)):
+        with pytest.raises(ConfigError, match="dimension 4"):
+            call()
+
+
+def test_ranges_that_make_all_vectors_one_are_refused():
+    same = np.stack([VECTORS[0], VECTORS[0]])
+    with pytest.raises(ConfigError, match="ranges"):
+        quantize(VECTORS, "int8", same)
+    assert (quantize(same, "uint8") == 0).all()  # of equal vectors nothing is lost: the one level of each dimension is its value
+    np.testing.assert_array_equal(dequantize(quantize(same, "uint8"), "uint8", 11, same), same)
+
+
+@pytest.mark.parametrize("precision", ["float32", "uint8", "int8", "binary", "ubinary"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_refused_with_their_row(precision, number):
+    vectors = VECTORS.copy()
+    vectors[7, 3] = number
+    with pytest.raises(DataError, match="vector 7 "):
+        quantize(vectors, precision)
 
 
 @pytest.mark.parametrize("ranges, message", [(None, "give several texts"), (np.zeros((2, 3)), r"shape \(2, 11\)")])

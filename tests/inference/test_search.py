@@ -155,6 +155,20 @@ def test_quantised_corpora_are_searched_with_the_whole_query(tmp_path, precision
     assert search(Corpus([tmp_path / "c.npy"]), Random(words), ["w1"], 1)[0][0]["row"] == int(np.argmax(approximate))
 
 
+def test_fields_of_a_record_replace_nothing_that_an_answer_says(tmp_path, command):
+    rows = [{"key": f"K{i}", "id": 900 + i, "body": body, "text": "<p>", "score": 7, "row": "x", "record": 1, "more": i, "summary": "brief"}
+            for i, body in enumerate(["read file", "close socket"])]
+    docs, out = write_docs(tmp_path / "d.jsonl", rows), tmp_path / "c.npy"
+    encode_corpus(WordEncoder(WORDS), TextSource(str(docs), "body", "key"), out)
+    asked = ("socket", "--corpus", out, "--model", "m", "--documents", docs, "--field", "body", "-k", 1)
+    answer = json.loads(command(*asked, "--json").output)[0]
+    assert answer == {"id": "K1", "row": 1, "score": answer["score"], "text": "close socket", "key": "K1", "body": "close socket", "more": 1,
+                      "summary": "brief", "record": {"id": 901, "row": "x", "score": 7, "text": "<p>", "record": 1}}
+    assert 0.7 < answer["score"] < 0.71
+    shown = command(*asked).output
+    assert "K1" in shown and "close socket" in shown and "901" not in shown and "<p>" not in shown and "brief" not in shown
+
+
 # ----------------------------------------------------------------------------------------- exact search
 
 
