@@ -21,6 +21,7 @@ from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.inference.load import load, untrained
+from conan_jax.inference.outputs import check_output, converter
 from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
 from conan_jax.inference.progress import rate, text_bars
 from conan_jax.inference.prompts import DOCUMENT, QUERY
@@ -64,6 +65,7 @@ class Encoder:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
         self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
         self.texts_cut = 0
+        self._max_seq_length: int | None = None
         self._shapes: set[tuple[int, int]] = set()  # of batches met so far
         self._names = dict(identity or {})
         self.prompts: dict[str, str] = {QUERY: "", DOCUMENT: "", **(prompts or {})}
@@ -97,9 +99,25 @@ class Encoder:
         """Width D of the vectors."""
         return self.model.hidden_size
 
+    def get_sentence_embedding_dimension(self) -> int:
+        """`dimension`, under the name that sentence-transformers gives it."""
+        return self.dimension
+
+    @property
+    def max_seq_length(self) -> int:
+        """Number of tokens, prompt and EOS included, to which `encode` cuts a text without `max_length`. May be set; None: the default.
+
+        Raises `ConfigError` when it is set to a length the model does not know.
+        """
+        return self.row_length()
+
+    @max_seq_length.setter
+    def max_seq_length(self, length: int | None) -> None:
+        self._max_seq_length = None if length is None else self.row_length(length)
+
     def encode(
         self,
-        inputs: str | Sequence[str],
+        inputs: str | Sequence[str] | np.ndarray,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
@@ -109,8 +127,13 @@ class Encoder:
         truncate_dim: int | None = None,
         max_length: int | None = None,
         ranges: Float[np.ndarray, "2 D"] | None = None,
+        *,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        output_value: str = "sentence_embedding",
+        device: object = None,
     ) -> Num[np.ndarray, "N D"]:
-        """One vector a text, in the order of `inputs`; a single string gives [D].
+        """One vector a text, in the order of `inputs`; a single string gives [D], no text [0, D].
 
         Before the text the model reads `prompt`, or `prompts[prompt_name]`; its tokens are attended to and not pooled (METHODS 1.7). An
         empty text is its EOS token alone, white space and control characters are text, and a lone surrogate, which is none, is
@@ -127,14 +150,24 @@ class Encoder:
             truncate_dim: keep this many of the first dimensions (METHODS 1.6).
             max_length: tokens, prompt and EOS included, at which a text is cut. Default: 512, or less where the model knows less.
             ranges: lowest and highest value of each kept dimension, for precision int8 and uint8; default: of these vectors.
+            convert_to_tensor: return a torch tensor in place of an array.
+            convert_to_numpy: when False, and `convert_to_tensor` as well, return a list of torch tensors, one a text.
+            output_value: "sentence_embedding" only.
+            device: has no effect and warns once: JAX chooses the devices (`devices` of the Encoder, or JAX_PLATFORMS).
 
         Raises:
-            ConfigError: an option outside of what the model can do, or a prompt that is not known or leaves no room.
-            DataError: `inputs` are no strings.
+            ConfigError: an option outside of what the model can do, a prompt that is not known or leaves no room, or torch is needed
+                and not installed.
+            DataError: `inputs` are no strings, or a vector is not finite.
         """
+        check_output(output_value, device)
+        convert = converter(convert_to_numpy, convert_to_tensor)
+        if isinstance(inputs, np.ndarray) and inputs.ndim == 0:
+            inputs = inputs.item()
         if isinstance(inputs, str):
-            return self.encode([inputs], prompt_name, prompt, batch_size, show_progress_bar, precision, normalize_embeddings, truncate_dim,
-                               max_length, ranges)[0]
+            vectors = self.encode([inputs], prompt_name, prompt, batch_size, show_progress_bar, precision, normalize_embeddings,
+                                  truncate_dim, max_length, ranges)
+            return convert(vectors)[0]
         if isinstance(inputs, (bytes, Mapping)) or not isinstance(inputs, Iterable):
             raise DataError(f"texts must be a string or a sequence of strings, got {type(inputs).__name__}")
         texts = list(inputs)
@@ -155,7 +188,7 @@ class Encoder:
                     advance(len(members))
         if kept < self.dimension and normalize_embeddings:
             vectors = normalised(vectors)
-        return quantize(vectors, precision, ranges)
+        return convert(quantize(vectors, precision, ranges))
 
     def encode_query(
         self, inputs: str | Sequence[str], prompt_name: str | None = None, prompt: str | None = None, **options: Any
@@ -195,7 +228,7 @@ class Encoder:
 
     def row_length(self, max_length: int | None = None) -> int:
         """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
-        longest = default_max_length(self.model) if max_length is None else max_length
+        longest = (self._max_seq_length or default_max_length(self.model)) if max_length is None else max_length
         if not is_whole(longest) or not 2 <= longest <= self.model.max_length:
             raise ConfigError(f"max_length must be a whole number in [2, {self.model.max_length}], what the model knows; got {longest!r}")
         return longest

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+import types
+import warnings
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from conan_jax import config, config_io
 from conan_jax.data.tokenizer import EOS, train_tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.inference import encoder as encoder_module
-from conan_jax.inference import tokens
+from conan_jax.inference import outputs, tokens
 from conan_jax.inference.encoder import Encoder
 from conan_jax.inference.identity import weights_sha256
 from conan_jax.model import Bidirectional, Causal, Embedder, SoftMask
@@ -252,6 +254,58 @@ def test_rows_of_32768_tokens(tokenizer):
     vector = encoder.encode(long, max_length=32_768)
     assert np.isclose(np.linalg.norm(vector), 1, atol=1e-5) and np.abs(vector - encoder.encode(long, max_length=512)).max() > 1e-6
     assert len(tokens.token_rows(tokenizer, [long], [], 32_768)[0]) == 32_768
+
+
+def test_what_users_of_sentence_transformers_type(encoder, monkeypatch):
+    many, expected = texts(3), encoder.encode(texts(3))
+    assert encoder.get_sentence_embedding_dimension() == expected.shape[1] == 32
+    options = {"batch_size": 2, "show_progress_bar": None, "convert_to_numpy": True, "normalize_embeddings": True,
+               "output_value": "sentence_embedding", "precision": "float32"}
+    for given in (many, tuple(many), np.array(many), np.array(many, object)):
+        np.testing.assert_allclose(encoder.encode(given, **options), expected, atol=1e-6)
+    for one in (many[0], np.array(many[0]), np.str_(many[0])):
+        np.testing.assert_allclose(encoder.encode(one, **options), expected[0], atol=1e-6)
+    for none in ([], np.array([], str)):
+        assert encoder.encode(none, **options).shape == (0, 32)
+    for value in ("token_embeddings", None):
+        with pytest.raises(ConfigError, match="output_value"):
+            encoder.encode(many, output_value=value)
+    outputs._warn_of_device.cache_clear()
+    with pytest.warns(UserWarning, match="device"):
+        encoder.encode(many[:1], device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        encoder.encode(many[:1], device="cuda")
+
+
+def test_tensors_where_torch_is_and_a_refusal_where_it_is_not(encoder, monkeypatch):
+    expected = encoder.encode(texts(2))
+    fake = types.SimpleNamespace(from_numpy=lambda vectors: ("tensor", vectors))
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    kind, vectors = encoder.encode(texts(2), convert_to_tensor=True)
+    assert kind == "tensor" and np.array_equal(vectors, expected)
+    assert encoder.encode(texts(2), convert_to_tensor=True, convert_to_numpy=True)[0] == "tensor"
+    assert isinstance(encoder.encode(texts(2), convert_to_numpy=False), list)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    for options in ({"convert_to_tensor": True}, {"convert_to_numpy": False}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}.*torch"):
+            encoder.encode(texts(2), **options)
+
+
+def test_the_length_may_be_set(tokenizer, encoder):
+    own = Encoder(encoder.params, MODEL, tokenizer, devices=ONE)
+    assert own.max_seq_length == 64
+    own.max_seq_length = 8
+    assert own.max_seq_length == own.row_length() == 8
+    long = [" ".join(WORDS)]
+    np.testing.assert_array_equal(own.encode(long), encoder.encode(long, max_length=8))
+    np.testing.assert_array_equal(own.encode(long, max_length=64), encoder.encode(long))
+    for wrong in (65, 1, "8"):
+        with pytest.raises(ConfigError, match="max_length"):
+            own.max_seq_length = wrong
+    assert own.max_seq_length == 8
+    own.max_seq_length = None
+    assert own.max_seq_length == 64
 
 
 def test_texts_that_were_cut_are_counted(encoder):
