@@ -1,6 +1,20 @@
 """`python -m conan_jax` is `conan`."""
 
-from conan_jax.cli.main import run
+from typing import NoReturn
+
+from conan_jax.cli import exits
+
+
+def run() -> NoReturn:
+    """Entry point. Signals are heard before the commands are imported."""
+    exits.run(_command)
+
+
+def _command() -> None:
+    from conan_jax.cli.main import app
+
+    app()
+
 
 if __name__ == "__main__":
     run()

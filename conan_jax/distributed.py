@@ -240,8 +240,9 @@ class Peers:
             while time.monotonic() < deadline and not all((self._folder / f"left-{i}").exists() for i in range(1, self.count)):
                 time.sleep(0.1)
             shutil.rmtree(self._folder, ignore_errors=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # where they go may be full
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
     def _await(self, path: Path, seconds: float | None) -> None:
@@ -261,7 +262,8 @@ class Peers:
                    else f"{type(error).__name__} {error}".strip())
         if not (self._folder / "failed").exists():
             said = {"process": self.index, "host": socket.gethostname(), "exit_code": code, "message": message}
-            write_json(self._folder / "failed", said)
+            with contextlib.suppress(OSError):  # a full disk may be what failed; `error` is raised in any case
+                write_json(self._folder / "failed", said)
 
     def _watch(self) -> None:
         """End this process when another one failed and the main thread does not notice within the time of grace."""

@@ -33,6 +33,24 @@ def unusable(place: object, error: OSError, how: str = "written") -> DataError:
     return DataError(f"{place} cannot be {how}: {error.strerror or error}; {advice}")
 
 
+def unusable_place(error: BaseException) -> DataError | None:
+    """The error to show when a full disk, missing rights or the like caused `error`; None for any other cause.
+
+    Libraries put errors of their own around the system's, or only its words into theirs.
+    """
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return unusable(error.filename, error, "read or written")
+    cause: BaseException | None = error
+    while cause is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            if isinstance(cause, OSError) and cause.errno == number:
+                return unusable(cause.filename or "a file", cause)
+            if os.strerror(number) in str(cause):
+                return DataError(f"a file cannot be written: {str(cause).strip().splitlines()[0]}; {_ADVICE[number]}")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def partial_path(path: Path) -> Path:
     """A new hidden name beside `path`, for what is not finished yet; the same for no two calls, in whatever process or host.
 

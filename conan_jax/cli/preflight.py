@@ -48,8 +48,10 @@ def preflight(
         conan preflight configs/conan_v2.py:tiny --topology cpu:256
     """
     from conan_jax import config_io, hardware
+    from conan_jax.cli import exits
     from conan_jax.preflight.environment import prepare
 
+    exits.end_at_once()
     run = config_io.load_run(config, overrides)
     chosen = [run.stage(stage)] if stage else list(run.stages)
     accelerator = hardware.accelerator(topology)

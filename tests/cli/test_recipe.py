@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import textwrap
 
 import pytest
@@ -43,6 +44,7 @@ def conan(monkeypatch, capsys, *arguments):
     """Exit code and output of `conan ARGUMENTS`."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr("sys.argv", ["conan", *map(str, arguments)])
+    monkeypatch.setattr("os._exit", sys.exit)
     try:
         with pytest.raises(SystemExit) as stop:
             main.run()
