@@ -61,6 +61,8 @@ def build(
         help=f"YAML file of presets.  [dim]default: {_PRESETS}[/dim]")] = None,
     max_reject_rate: Annotated[Optional[float], typer.Option(
         help="Fail when more than this share of the records is bad.  [dim]default: 0.01[/dim]")] = None,
+    clean: Annotated[Optional[str], typer.Option(
+        metavar="html", help="Take HTML entities and tags out of every text.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Stop after this many good records.")] = None,
     num_shards: Annotated[Optional[int], typer.Option(
         min=1, help="Number of files.  [dim]default: one for every 256 MiB[/dim]")] = None,
@@ -70,7 +72,7 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")] = False,
 ) -> None:
     """Turn raw records into an ArrayRecord dataset with a manifest. Bad records are counted and kept in rejects.jsonl."""
-    dataset = _dataset(sources or [], out, kind, field or [], preset, presets, max_reject_rate, limit)
+    dataset = _dataset(sources or [], out, kind, field or [], preset, presets, max_reject_rate, limit, clean)
     from conan_jax.data.convert import build_dataset
 
     with _Bar(enabled=not as_json) as bar:
@@ -110,7 +112,7 @@ def inspect(
 
 
 def _dataset(sources: list[str], out: Path, kind: str | None, field: list[str], preset: str | None, presets: Path | None,
-             max_reject_rate: float | None, limit: int | None) -> Dataset:
+             max_reject_rate: float | None, limit: int | None, clean: str | None) -> Dataset:
     import dataclasses
     import re
 
@@ -124,9 +126,11 @@ def _dataset(sources: list[str], out: Path, kind: str | None, field: list[str], 
         ours, equals, column = item.partition("=")
         if not (ours and equals and column):
             raise ConfigError(f"--field {item!r} must be OURS=COLUMN, for instance --field query=title")
+        if ours in fields:
+            raise ConfigError(f"--field gives {ours} twice, {fields[ours]!r} and {column!r}; join columns with +: --field {ours}={fields[ours]}+{column}")
         fields[ours] = column
     given: dict[str, Any] = {"kind": kind, "source": SEPARATOR.join(sources) or None, "fields": fields or None,
-                             "max_reject_rate": max_reject_rate, "limit": limit}
+                             "max_reject_rate": max_reject_rate, "limit": limit, "clean": clean}
     given = {name: value for name, value in given.items() if value is not None}
     name = re.sub(r"[^\w-]", "_", out.absolute().name, flags=re.ASCII) or "dataset"
     if preset is not None:

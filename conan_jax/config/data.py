@@ -18,7 +18,8 @@ class Dataset:
     `source` is a path or glob of jsonl(.gz), csv, tsv, parquet or txt files (`$NAME` is taken from the
     environment; several are joined by `;`), `tfds:NAME[/CONFIG]:SPLIT`, or `docstrings:PART`, the documentation of the
     installed packages. `fields` maps our field names to the source's columns
-    when they are not among the accepted spellings. `instruction` is the task in the query prompt.
+    when they are not among the accepted spellings. `clean="html"` unescapes HTML entities and drops HTML tags in
+    every text. `instruction` is the task in the query prompt.
     """
 
     name: str
@@ -28,11 +29,13 @@ class Dataset:
     instruction: str = ""
     limit: int | None = None
     max_reject_rate: float = 0.01
+    clean: Literal["html"] | None = None
 
     def __post_init__(self) -> None:
         check(self.name.replace("_", "").replace("-", "").isalnum(), f"dataset name {self.name!r} may hold letters, digits, - and _ only")
         check(0 <= self.max_reject_rate <= 1, f"{self.name}.max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
         check(self.limit is None or self.limit > 0, f"{self.name}.limit must be positive or null, got {self.limit}")
+        check(self.clean in (None, "html"), f"{self.name}.clean must be 'html' or null, got {self.clean!r}")
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder of this folder waits, then finds the work done
         _restore(out)
         settings = {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit,
-                    "num_shards": num_shards}
+                    "num_shards": num_shards, **({"clean": dataset.clean} if dataset.clean else {})}
         built = None if force else _built(out, settings, say)
         try:
             plan = readers.expand(dataset.source)
@@ -188,7 +188,7 @@ def _convert(dataset: Dataset, plan: readers.Plan, folder: Path, writer: shards.
             try:
                 if isinstance(item.raw, Reject):
                     raise item.raw
-                parsed = parse(item.raw, dataset.kind, dataset.fields)
+                parsed = parse(item.raw, dataset.kind, dataset.fields, dataset.clean)
             except Reject as reject:
                 tally.rejects[reject.reason] += 1
                 tally.first.setdefault(reject.reason, f"{item.location}: {reject.detail}")

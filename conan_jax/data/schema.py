@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from conan_jax.config import RecordKind
 from conan_jax.data.dialects import Join, dialects
+from conan_jax.data.markup import strip_html
 from conan_jax.errors import ConfigError
 
 FieldType = Literal["text", "texts", "float", "floats"]
@@ -71,13 +72,14 @@ def check_fields(kind: RecordKind, fields: Mapping[str, str]) -> None:
             raise ConfigError(f"fields maps {name!r} to {column!r}; it must name a column, or a dotted path like answers.text.0")
 
 
-def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -> Parsed:
+def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None, clean: Literal["html"] | None = None) -> Parsed:
     """One raw record of any accepted dialect -> a record of `kind`.
 
     Args:
         raw: what a reader gave: a dict of str, bytes (UTF-8), numbers, lists, dicts.
         kind: a key of `KINDS`.
         fields: our field name -> column or dotted path (`answers.text.0`), where the dialects do not fit.
+        clean: "html" takes HTML entities and tags out of every text first; `dropped["html"]` counts the records that had any.
 
     Retrieval-shaped records read as `pair` give their first positive (`further_positive` counts the others); sft-shaped records read as `pair` give
     query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
@@ -92,6 +94,10 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None) -
         raise Reject("wrong_type", f"a record must be an object with named fields, found {type(raw).__name__}")
     dropped: Counter[str] = Counter()
     dialect, values = _choose(raw, kind, fields or {}, dropped)
+    if clean == "html":
+        stripped = {name: _without_html(value) for name, value in values.items()}
+        dropped["html"] += stripped != values
+        values = stripped
     record = _BUILDERS[kind](values, dropped)
     return Parsed(record, dialect, dropped)
 
@@ -148,6 +154,22 @@ def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
             value = value[int(key)]
         else:
             return None
+    return value
+
+
+def _without_html(value: Any, depth: int = 2) -> Any:
+    """A text, the texts of a list, and those of passages ({title, text}), without markup; other values as they are."""
+    if isinstance(value, str | bytes):
+        try:
+            text = value.decode("utf-8") if isinstance(value, bytes) else value
+        except UnicodeDecodeError:
+            return value  # a reject later
+        found = strip_html(text).text
+        return value if found == text else found
+    if depth and isinstance(value, list | tuple):
+        return type(value)(_without_html(item, depth - 1) for item in value)
+    if depth and isinstance(value, Mapping):
+        return {key: _without_html(item, 0) for key, item in value.items()}
     return value
 
 
