@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "conan_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Later rooms may import earlier ones; within one number only the same room.
-FOUNDATION = {"errors", "files", "config", "config_io", "allocator", "hardware", "folder_lock", "versions", "figures"}
+FOUNDATION = {"errors", "files", "config", "config_io", "allocator", "hardware", "folder_lock", "versions", "figures", "units"}
 LEVEL = dict.fromkeys(FOUNDATION, 0) | {
     "distributed": 1, "launch": 1, "sharding": 2, "data": 2, "losses": 2, "model": 3, "stages": 4, "train": 5, "preflight": 6,
     "hf": 6, "inference": 7, "eval": 8, "export": 8, "cli": 9, "__main__": 10,

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from conan_jax.cli.config import ConfigArgument, SetOption
 from conan_jax.errors import EXIT_BAD_INPUT
+from conan_jax.units import duration, size
 
 if TYPE_CHECKING:
     from conan_jax import config as configs
@@ -127,28 +128,28 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     limit, hosts = report.hbm_bytes_per_device, f"{report.hosts} host{'s' * (report.hosts > 1)}"
     verdict = {True: "[green]fits[/green]", False: "[bold red]does not fit[/bold red]", None: "no limit known"}[report.fits]
     rows = [
-        ("verdict", f"{verdict}: {_size(report.peak_bytes_per_device)} a device" + (f" of {_size(limit)}" if limit else "")),
+        ("verdict", f"{verdict}: {size(report.peak_bytes_per_device)} a device" + (f" of {size(limit)}" if limit else "")),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()) + f" ({report.devices} devices, {hosts})"),
         ("rows x tokens", report.batch),
-        ("a device holds", "\n".join(f"{_size(size):>10}  {kind.replace('_', ' ')}" for kind, size in report.memory.items() if size)),
+        ("a device holds", "\n".join(f"{size(held):>10}  {kind.replace('_', ' ')}" for kind, held in report.memory.items() if held)),
     ]
     if report.collectives is not None:
-        sent = "\n".join(f"{_size(t.bytes_per_device):>10}  {t.count:,} {t.kind} over {t.axes}" for t in report.collectives)
+        sent = "\n".join(f"{size(t.bytes_per_device):>10}  {t.count:,} {t.kind} over {t.axes}" for t in report.collectives)
         rows.append(("a device sends", sent or "nothing"))
     rows.append(("FLOPs a step", f"{report.flops_per_step:.3g} ({report.hardware_flops_per_step:.3g} with recomputation)"))
     if report.seconds_range is not None:
         fast, slow = report.seconds_range
         rows += [
-            ("bounds", ", ".join(f"{name} {_time(seconds)}" for name, seconds in report.roofline.items())),
-            ("step", f"{_time(fast)} to {_time(slow)}, MFU {report.mfu_range[0]:.0%} to {report.mfu_range[1]:.0%}"),
+            ("bounds", ", ".join(f"{name} {duration(seconds)}" for name, seconds in report.roofline.items())),
+            ("step", f"{duration(fast)} to {duration(slow)}, MFU {report.mfu_range[0]:.0%} to {report.mfu_range[1]:.0%}"),
             ("tokens/s", f"{report.tokens_per_second:,.0f} ({report.tokens_per_step:,} a step)"),
-            ("the stage", f"{report.steps:,} steps: {report.days:,.2g} days ({report.days_range[0]:,.2g} to {report.days_range[1]:,.2g}), "
-                          f"{report.chip_hours:,.2g} chip-hours" if report.chip_hours < 1 else f"{report.chip_hours:,.0f} chip-hours"),
+            ("the stage", f"{report.steps:,} steps: {_days(report.days)} ({_days(report.days_range[0])} to {_days(report.days_range[1])}), "
+                          + (f"{report.chip_hours:,.1f}" if report.chip_hours >= 0.1 else "less than 0.1") + " chip-hours"),
         ]
     rows += [
-        ("checkpoint", f"{_size(report.checkpoint_bytes)}, {_size(report.checkpoint_bytes_per_host)} by the busiest host"),
+        ("checkpoint", f"{size(report.checkpoint_bytes)}, {size(report.checkpoint_bytes_per_host)} by the busiest host"),
         ("examples", ", ".join(f"{name} {n:,}" if name else f"{n:,}" for name, n in report.num_examples.items())),
-        ("compilation", f"{report.compile_seconds:,.0f} s on this machine"),
+        ("compilation", f"{duration(report.compile_seconds)} on this machine"),
     ]
     return rows
 
@@ -158,24 +159,17 @@ def _advice(report: Report) -> list[str]:
         return []
     lines = [f"compiler: {report.refused}"] if report.refused else []
     lines += [f"would help: {line}" for line in report.helps]
-    lines += [f"tried: {_line(fix.settings)}  needs {_size(fix.peak_bytes_per_device)}" for fix in report.tried]
+    lines += [f"tried: {_line(fix.settings)}  needs {size(fix.peak_bytes_per_device)}" for fix in report.tried]
     if report.fix:
-        lines.append(f"this fits, {_size(report.fix.peak_bytes_per_device)} a device (compiled):\n{_line(report.fix.settings)}")
+        lines.append(f"this fits, {size(report.fix.peak_bytes_per_device)} a device (compiled):\n{_line(report.fix.settings)}")
     elif report.larger_accelerator:
         lines.append(f"the smallest accelerator that could hold the state: {report.larger_accelerator}")
     return lines
 
 
+def _days(days: float) -> str:
+    return duration(days * 86_400)
+
+
 def _line(settings: tuple[str, ...]) -> str:
     return " ".join(f"--set {setting}" for setting in settings)
-
-
-def _size(size: float) -> str:
-    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size:.0f} B"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.2f} us"

@@ -22,6 +22,7 @@ from tensorboardX import SummaryWriter
 from conan_jax import config
 from conan_jax.errors import TrainingError
 from conan_jax.train.smoothing import SmoothedLosses
+from conan_jax.units import duration
 
 _LINE_SECONDS = 10.0  # between two plain lines, so that a log file of a long run stays readable
 _SHOWN = ("learning_rate", "alpha", "grad_norm", "tokens_per_second", "mfu", "data_wait")
@@ -171,7 +172,7 @@ class _Lines:
             return
         self._printed = now
         rate = record.get("steps_per_second")
-        pace = f"{rate:.2f} steps/s  ETA {_clock((self._steps - step) / rate)}  " if rate else ""
+        pace = f"{rate:.2f} steps/s  ETA {duration((self._steps - step) / rate)}  " if rate else ""
         self._console.print(f"{self._name} {step}/{self._steps}  {pace}{_pretty(record, smoothed)}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -234,11 +235,6 @@ class Silent:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 
 
 def _pretty(record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> str:

@@ -24,6 +24,7 @@ from conan_jax.figures import by_language
 from conan_jax.train.charts import Line, curves, smoothed
 from conan_jax.train.pictures import of_stages
 from conan_jax.train.smoothing import SMOOTHING_UPDATES
+from conan_jax.units import duration
 from conan_jax.versions import versions_of
 
 BASELINES = ("untrained", "bm25")
@@ -144,7 +145,7 @@ def cards(files: RunFiles) -> list[dict[str, str]]:
     if "parameters" in files.summary:
         made.append({"label": "parameters", "value": _short(files.summary["parameters"]), "note": f"{files.summary['parameters']:,}"})
     if "seconds" in files.summary:
-        made.append({"label": "time", "value": _clock(files.summary["seconds"]), "note": "all phases, evaluation included"})
+        made.append({"label": "time", "value": duration(files.summary["seconds"]), "note": "all phases, evaluation included"})
     steps = sum(records[-1]["step"] for records in files.metrics.values())
     if steps:
         made.append({"label": "updates", "value": f"{steps:,}", "note": f"{len(files.metrics)} of {len(files.stages)} stages"})
@@ -313,13 +314,13 @@ def phases(files: RunFiles) -> list[dict[str, Any]]:
         done, steps = last.get("step", 0), stage.get("steps", 0)
         seconds = timings.pop(stage["name"], last.get("seconds"))
         rows.append({"name": stage["name"], "updates": f"{done:,} / {steps:,}", "percent": round(100 * done / steps) if steps else 0,
-                     "time": _clock(seconds) if isinstance(seconds, int | float) else "", "skipped": str(int(last.get("skipped") or 0))})
+                     "time": duration(seconds) if isinstance(seconds, int | float) else "", "skipped": str(int(last.get("skipped") or 0))})
     before = [_phase(name, timings.pop(name)) for name in ("prepare",) if name in timings]
     return [*before, *rows, *(_phase(name, seconds) for name, seconds in timings.items())]
 
 
 def _phase(name: str, seconds: float) -> dict[str, Any]:
-    return {"name": name, "updates": "", "percent": None, "time": _clock(seconds), "skipped": ""}
+    return {"name": name, "updates": "", "percent": None, "time": duration(seconds), "skipped": ""}
 
 
 def next_commands(files: RunFiles) -> list[dict[str, str]]:
@@ -393,9 +394,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {s:02} s" if minutes else f"{s} s"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from conan_jax.cli.preflight import _rows
+from conan_jax.preflight import Report
+
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = "configs/conan_v2.py:tiny"
 WITHOUT_LIBTPU = """
@@ -59,3 +62,15 @@ def test_what_is_wrong_ends_in_one_line_and_78(arguments, words):
 def test_without_libtpu_it_says_which_extra():
     done = conan(CONFIG, "--topology", "v5e:2x2", "--stage", "weak", program=("-c", WITHOUT_LIBTPU))
     assert done.returncode == 78 and "conan_jax[preflight]" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("chip_hours", "said"), [(6e-7, "less than 0.1 chip-hours"), (0.25, "0.2 chip-hours"), (1.0, "1.0 chip-hours"), (23_456.7, "23,456.7 chip-hours")])
+def test_steps_and_time_of_a_stage_are_shown_whatever_it_costs(chip_hours, said):
+    days = chip_hours / 24
+    report = Report("weak", "weak", "cpu-1", 1, 1, 1, {"data": 1}, "8 x 8", None, 1, None, {}, 64, 1.0, 1.0, steps=1234, checkpoint_bytes=1,
+                    checkpoint_bytes_per_host=1, num_examples={"": 8}, compile_seconds=75.0, thorough=True, collectives=(), roofline={}, seconds=1.0,
+                    seconds_range=(0.5, 2.0), mfu=0.5, mfu_range=(0.25, 1.0), tokens_per_second=64.0, days=days, days_range=(days / 2, days * 2),
+                    chip_hours=chip_hours)
+    rows = dict(_rows(report))
+    assert rows["the stage"].startswith("1,234 steps: ") and rows["the stage"].endswith(said) and rows["compilation"].startswith("1 min 15 s")
+    assert "days" not in rows["the stage"]
