@@ -1,4 +1,4 @@
-"""Figures of an evaluation: `ndcg@10` of the whole set, `ndcg@10/de` of one of its languages, and in words how much they stand on."""
+"""Metrics of an evaluation: `ndcg@10` of the whole set, `ndcg@10/de` of one of its languages, and the texts that describe their input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Figures = dict[str, float]
 
 
 def by_language(figures: Mapping[str, float]) -> dict[str, Figures]:
-    """`{"de": {"ndcg@10": ...}}` out of the keys `ndcg@10/de`; what stands for the whole is left out."""
+    """`{"de": {"ndcg@10": ...}}` from the keys `ndcg@10/de`. Metrics of the whole set are left out."""
     table: dict[str, Figures] = {}
     for key, value in figures.items():
         name, slash, language = key.partition("/")
@@ -19,16 +19,16 @@ def by_language(figures: Mapping[str, float]) -> dict[str, Figures]:
 
 
 def how_many(count: Mapping[str, Any]) -> str:
-    """"200 of 1,000" of a `count` that holds `used` and `all`, "1,000" where all were used, nothing where nothing is known."""
+    """"200 of 1,000" for a `count` with `used` and `all`, "1,000" when all were used, "" for an empty count."""
     if not count:
         return ""
     return f"{count['used']:,}" if count["used"] == count["all"] else f"{count['used']:,} of {count['all']:,}"
 
 
 def cap_of(counts: Iterable[Mapping[str, Any]]) -> str:
-    """What a reader must know of figures of sets of one kind that `max_queries` bounded; nothing when it bounded none.
+    """The note for sets of one kind that `max_queries` limited; "" when it limited none.
 
-    `counts`: what `eval.counts.count` found of each set; an empty one where it is not known.
+    `counts`: the result of `eval.counts.count` for each set; an empty one where it is not known.
     """
     counts = list(counts)
     capped = [count for count in counts if count and count["capped"]]
@@ -36,4 +36,19 @@ def cap_of(counts: Iterable[Mapping[str, Any]]) -> str:
         return ""
     total = {key: sum(count[key] for count in capped) for key in ("used", "all")}
     sets = f" in {len(capped)} of {len(counts)} sets" if len(counts) > 1 else ""
-    return f"Capped by max_queries: {how_many(total)} {capped[0]['unit']}{sets}. Not comparable with figures on all of them."
+    return f"Capped by max_queries: {how_many(total)} {capped[0]['unit']}{sets}. Do not compare with scores on all of them."
+
+
+def length_of(read: Mapping[str, Any]) -> str:
+    """"256 (3 % cut)": the token limit of a set and the share of texts that it cut. `read`: `input` of results.json; "" when empty."""
+    if not read:
+        return ""
+    return f"{read['max_length']:,} ({read['cut'] / max(read['texts'], 1):.0%} cut)"
+
+
+def prompts_of(read: Mapping[str, Any]) -> str:
+    """The prompts of a set, for queries and for documents; "" when its `input` is not known."""
+    if not read:
+        return ""
+    query, document = read["prompt"], read.get("document_prompt", "")
+    return f"prompt {query!r}" + (f", for documents {document!r}" if document else "") if query or document else "no prompt"

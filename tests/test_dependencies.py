@@ -77,3 +77,9 @@ def test_an_undeclared_import_is_seen():
 def test_what_is_declared_is_pinned():
     pinned = {normal(line) for line in PINNED if line and not line.startswith("#")}
     assert FOR_TESTS - pinned == set()
+
+
+def test_the_editable_install_is_found_from_the_folder_above_a_clone():
+    """From there a clone named conan_jax is a namespace package, which hides an editable install in setuptools' default mode."""
+    installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.endswith(" -e .")]
+    assert installs and all("--config-settings editable_mode=compat" in line for line in installs)

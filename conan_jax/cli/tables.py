@@ -1,4 +1,4 @@
-"""Tables for people: what each stage gained."""
+"""Tables for the terminal: metrics by stage, and by set of a suite."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from rich.table import Table
 
-from conan_jax.figures import by_language, cap_of, how_many
+from conan_jax.figures import by_language, cap_of, how_many, length_of, prompts_of
 from conan_jax.train.report import BASELINES, HEADLINES
 
 
 def results_table(summary: dict[str, Any]) -> Table:
-    """A block of rows per evaluation, one per stage; the best figure of a trained stage in bold. Fits 80 columns."""
+    """A block of rows for each evaluation, one row for each stage; the best value of a trained stage in bold. Fits 80 columns."""
     stages = summary["evaluations"]
     names = list(dict.fromkeys(name for figures in stages.values() for name in figures))
     metrics = [m for m in HEADLINES if any(m in found for figures in stages.values() for found in figures.values())]
-    table = Table(title="Held-out figures after each stage", title_justify="left")
+    table = Table(title="Metrics on held-out data after each stage", title_justify="left")
     table.add_column("evaluation", overflow="fold")
     table.add_column("stage", overflow="fold")
     for metric in metrics:
@@ -35,18 +35,30 @@ def _cell(value: float | None, bold: bool) -> str:
 
 
 def suite_tables(results: dict[str, Any]) -> list[Table]:
-    """A table for each kind of set, its main figure first, and one for each set in several languages. Fits 100 columns."""
+    """A table for each kind of set, the main metric first, and one for each set in several languages. Fits 100 columns.
+
+    The caption gives the token limit and the prompts of each set: scores with different ones cannot be compared.
+    """
     tables = []
     for kind in dict.fromkeys(found["kind"] for found in results["sets"].values()):
         sets = {name: found for name, found in results["sets"].items() if found["kind"] == kind}
         counts = {name: found.get("counts", {}) for name, found in sets.items()}
         table = _figures_table(kind, "set", {name: found["figures"] for name, found in sets.items()}, counts, mean=True)
-        tables.append(_with_caption(table, cap_of(counts.values())))
+        tables.append(_with_caption(table, "\n".join(filter(None, [cap_of(counts.values()), *_inputs(sets)]))))
         for name, found in sets.items():
             if rows := by_language(found["figures"]):
                 parts = {language: {**counts[name], **part} for language, part in counts[name].get("languages", {}).items()}
                 tables.append(_with_caption(_figures_table(f"{name}, by language", "language", rows, parts), cap_of([counts[name]])))
     return tables
+
+
+def _inputs(sets: dict[str, Any]) -> list[str]:
+    """One line for each input of the sets of a table, and the sets that have it."""
+    lines: dict[str, list[str]] = {}
+    for name, found in sets.items():
+        if read := found.get("input", {}):
+            lines.setdefault(f"at most {length_of(read)} tokens; {prompts_of(read)}", []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
 def _with_caption(table: Table, caption: str) -> Table:
@@ -57,7 +69,7 @@ def _with_caption(table: Table, caption: str) -> Table:
 def _figures_table(
     title: str, first: str, rows: dict[str, dict[str, float]], counts: dict[str, dict[str, Any]], mean: bool = False,
 ) -> Table:
-    """`counts` of the rows stand beside their names: a figure on 20 queries is another thing than one on 2,000."""
+    """`counts`: number of queries, pairs or texts of each row, in the second column."""
     figures = list(dict.fromkeys(key for found in rows.values() for key in found if "/" not in key))
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")

@@ -1,4 +1,4 @@
-"""The page beside results.json of `conan eval`: figures by kind and by language, and what the vectors look like."""
+"""The page beside results.json of `conan eval`: metrics by kind and by language, and charts of the vectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conan_jax.errors import DataError
-from conan_jax.figures import by_language, cap_of, how_many
+from conan_jax.figures import by_language, cap_of, how_many, length_of, prompts_of
 from conan_jax.files import read_json, write_file
 from conan_jax.train.pictures import alignment_and_uniformity, dimensions, pictures_of
 from conan_jax.train.report import PAGES, metric_title, shown_table
@@ -39,7 +39,7 @@ def write_page(folder: Path) -> Path:
 
 
 def card(kind: str, sets: dict[str, Any]) -> dict[str, str]:
-    """The mean of the main figure over the sets of a kind."""
+    """The mean of the main metric over the sets of a kind."""
     main = next(iter(sets.values()))["main"]
     mean = sum(s["figures"][main] for s in sets.values()) / len(sets)
     count = "1 set" if len(sets) == 1 else f"{len(sets)} sets"
@@ -60,6 +60,9 @@ def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str,
     few = len(sets) == 1
     counts = {name: s.get("counts", {}) for name, s in sets.items()}
     table = figures_table("" if few else f"{len(sets)} sets", {n: s["figures"] for n, s in sets.items()}, counts)
+    for row in table["rows"]:
+        read = sets[row["name"]].get("input", {})
+        row["detail"] = f"at most {length_of(read)} tokens; {prompts_of(read)}" if read else ""
     return {"title": TITLES[kind], "table": table, "cap": cap_of(counts.values()),
             "languages": language_tables(sets), "charts": [*filter(None, charts), *(own if few else [])], "further": [] if few else own}
 
@@ -67,7 +70,7 @@ def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str,
 def figures_table(
     title: str, rows: dict[str, dict[str, float]], counts: dict[str, dict[str, Any]], first: str = "set",
 ) -> dict[str, Any]:
-    """Rows: sets or languages, each with its count; columns: figures."""
+    """Rows: sets or languages, each with its count; columns: metrics."""
     names = list(dict.fromkeys(key for figures in rows.values() for key in figures if "/" not in key))
     table = shown_table(title, names, rows, first)
     assert table is not None
