@@ -39,16 +39,10 @@ def cap_of(counts: Iterable[Mapping[str, Any]]) -> str:
     return f"Capped by max_queries: {how_many(total)} {capped[0]['unit']}{sets}. Do not compare with scores on all of them."
 
 
-def length_of(read: Mapping[str, Any]) -> str:
-    """"256 (3 % cut)": the token limit of a set and the share of texts that it cut. `read`: `input` of results.json; "" when empty."""
-    if not read:
-        return ""
-    return f"{read['max_length']:,} ({read['cut'] / max(read['texts'], 1):.0%} cut)"
-
-
-def prompts_of(read: Mapping[str, Any]) -> str:
-    """The prompts of a set, for queries and for documents; "" when its `input` is not known."""
+def input_of(read: Mapping[str, Any]) -> str:
+    """The token limit of a set, the share of texts that it cut, and the prompts. `read`: `input` of results.json; "" when empty."""
     if not read:
         return ""
     query, document = read["prompt"], read.get("document_prompt", "")
-    return f"prompt {query!r}" + (f", for documents {document!r}" if document else "") if query or document else "no prompt"
+    prompts = f"prompt {query!r}" + (f", for documents {document!r}" if document else "") if query or document else "no prompt"
+    return f"at most {read['max_length']:,} tokens, {read['cut'] / max(read['texts'], 1):.0%} of texts cut; {prompts}"

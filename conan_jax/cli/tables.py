@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from conan_jax.figures import by_language, cap_of, how_many, length_of, prompts_of
+from conan_jax.figures import by_language, cap_of, how_many, input_of
 from conan_jax.train.report import BASELINES, HEADLINES
 
 
@@ -56,8 +56,8 @@ def _inputs(sets: dict[str, Any]) -> list[str]:
     """One line for each input of the sets of a table, and the sets that have it."""
     lines: dict[str, list[str]] = {}
     for name, found in sets.items():
-        if read := found.get("input", {}):
-            lines.setdefault(f"at most {length_of(read)} tokens; {prompts_of(read)}", []).append(name)
+        if line := input_of(found.get("input", {})):
+            lines.setdefault(line, []).append(name)
     return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conan_jax.errors import DataError
-from conan_jax.figures import by_language, cap_of, how_many, length_of, prompts_of
+from conan_jax.figures import by_language, cap_of, how_many, input_of
 from conan_jax.files import read_json, write_file
 from conan_jax.train.pictures import alignment_and_uniformity, dimensions, pictures_of
 from conan_jax.train.report import PAGES, metric_title, shown_table
@@ -61,8 +61,7 @@ def section(kind: str, sets: dict[str, Any], found: dict[str, Any]) -> dict[str,
     counts = {name: s.get("counts", {}) for name, s in sets.items()}
     table = figures_table("" if few else f"{len(sets)} sets", {n: s["figures"] for n, s in sets.items()}, counts)
     for row in table["rows"]:
-        read = sets[row["name"]].get("input", {})
-        row["detail"] = f"at most {length_of(read)} tokens; {prompts_of(read)}" if read else ""
+        row["detail"] = input_of(sets[row["name"]].get("input", {}))
     return {"title": TITLES[kind], "table": table, "cap": cap_of(counts.values()),
             "languages": language_tables(sets), "charts": [*filter(None, charts), *(own if few else [])], "further": [] if few else own}
 

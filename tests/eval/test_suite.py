@@ -301,7 +301,7 @@ def test_a_figure_stands_beside_what_it_is_of(folder, conan, bound, cells, cappe
     assert found["sets"]["bitext"]["counts"] == {
         "unit": "pairs", "used": 2 * part["used"], "all": 8, "capped": bool(capped), "languages": {"de": part, "fr": part}}
     assert found == json.loads((model / "eval/data/results.json").read_text())
-    warning = "Capped by max_queries: 4 of 8 pairs. Not comparable with figures on all of them."
+    warning = "Capped by max_queries: 4 of 8 pairs."
     shown = [text_of(table) for table in tables.suite_tables(found)]
     page = Page((model / "eval/data/report.html").read_text()).text
     assert len(shown) == 2 and all("pairs" in text and (warning in text) == bool(capped) for text in shown)
