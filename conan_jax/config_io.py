@@ -68,8 +68,9 @@ def start_from(run: config.Run, place: str) -> config.Run:
     source = from_dict(read_json(settings))
     kept = {key: getattr(run.model, key) for key in
             ("compute_dtype", "scan_layers", "remat", "attention", "attention_block_size", "pooling", "hidden_dropout")}
-    beside = settings.parent / "data" / "tokenizer"  # also when the run was moved since
-    path = str(beside) if beside.is_dir() else source.tokenizer.path or f"{source.data_dir}/tokenizer"
+    recorded = (read_json(settings.with_name("prepared.json"), {}).get("tokenizer") or {}).get("folder", "tokenizer")
+    beside = settings.parent / "data" / recorded  # also when the run was moved since
+    path = str(beside) if beside.is_dir() else source.tokenizer.path or str(Path(source.data_dir) / recorded)
     tokenizer = config.Tokenizer(vocab_size=source.tokenizer.vocab_size, path=path)
     return dataclasses.replace(run, init_from=place, model=dataclasses.replace(source.model, **kept), tokenizer=tokenizer)
 

@@ -96,16 +96,17 @@ def _check(run: configs.Run, stage: configs.AnyStage, accelerator: Accelerator, 
 
 def prepared_examples(run: configs.Run, stage: configs.AnyStage) -> Mapping[str, int] | None:
     """Records of each task of a stage whose datasets are all prepared; None as long as one is not."""
-    from conan_jax.data.folders import dataset_folder
-    from conan_jax.files import read_json
+    from pathlib import Path
+
+    from conan_jax.data.prepared import dataset_manifest
 
     tasks = {task.name: task.datasets for task in getattr(stage, "tasks", ())} or {"": stage.datasets}
     counts: dict[str, int] = {}
     for task, mixes in tasks.items():
-        manifests = [read_json(dataset_folder(run, mix.dataset) / "manifest.json", {}) for mix in mixes]
-        if not all("records" in manifest for manifest in manifests):
+        manifests = [dataset_manifest(Path(run.output_dir), run, mix.dataset) for mix in mixes]
+        if None in manifests:
             return None
-        counts[task] = sum(manifest["records"] for manifest in manifests)
+        counts[task] = sum(manifest.records for manifest in manifests)
     return counts
 
 

@@ -31,15 +31,23 @@ class Recipe:
         self._prepared: Any = None
         self._evaluations: tuple[config.Evaluation, ...] | None = None
 
-    def prepare(self) -> Any:
-        """Build the datasets, tokenizer and packed rows that are missing or out of date."""
+    def prepare(self, stages: Sequence[config.AnyStage] | None = None) -> Any:
+        """Build what is missing of the datasets, tokenizer and packed rows of `stages` (default: all), and write `prepared.json`."""
         from conan_jax.data.prepare import prepare
 
         if self._prepared is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            names = None if stages is None else [stage.name for stage in stages]
+            begun = [stage.name for stage in self._begun(self.run.stages)]
             with self._timed("prepare"):
-                self._prepared = prepare(self.run, console=self.console)
+                self._prepared = prepare(self.run, stages=names, begun=begun, console=self.console)
         return self._prepared
+
+    def _begun(self, stages: Sequence[config.AnyStage]) -> list[config.AnyStage]:
+        """Those of `stages` that have checkpoints."""
+        from conan_jax.train.checkpoint import latest_step
+
+        return [stage for stage in stages if latest_step(self.folder / stage.name) is not None]
 
     def train(self, peers: distributed.Peers, only: str | None = None, fresh: bool = False,
               fallback: bool = False) -> dict[str, Any] | None:
@@ -61,7 +69,7 @@ class Recipe:
             self._forget(self.run.stages[self.run.stages.index(stages[0]):])
         self._refuse_changed_recipe(stages)
         self._refuse_missing_start(stages[0])
-        self.prepare()
+        self.prepare(stages)
         write_json(self.folder / "config.json", config_io.to_dict(self.run))
         self._evaluate_baselines()
 
@@ -102,15 +110,16 @@ class Recipe:
         from conan_jax.train.loop import train_stage
 
         folder = self.folder / stage_config.name
-        tokenizer = self._tokenizer()
+        prepared = self._load_prepared()
         with self._timed(stage_config.name) if peers.index == 0 else contextlib.nullcontext():
             result = train_stage(
                 self.run,
                 stage_config,
                 stage=make_stage(stage_config, self.embedder),
                 embedder=self.embedder,
-                pipeline=Pipeline(self.run, stage_config, tokenizer, host_index=peers.index, host_count=peers.count),
-                tokenizer_sha256=tokenizer.sha256,
+                pipeline=Pipeline(self.run, stage_config, prepared.tokenizer, prepared=prepared, host_index=peers.index,
+                                  host_count=peers.count),
+                tokenizer_sha256=prepared.tokenizer.sha256,
                 folder=folder,
                 previous_folder=self._previous_folder(stage_config),
                 init_from=self._init_from(),
@@ -119,16 +128,13 @@ class Recipe:
             )
         peers.alone(f"evaluate-{stage_config.name}", lambda: self._evaluate_stage(folder, trained=result.trained_steps > 0))
 
-    def _tokenizer(self) -> Any:
-        """The tokenizer of the prepared data, which only process 0 prepared."""
-        from conan_jax.data.folders import tokenizer_folder
-        from conan_jax.data.locations import expand_variables
-        from conan_jax.data.tokenizer import Tokenizer
+    def _load_prepared(self) -> Any:
+        """The prepared data, which process 0 alone prepared and recorded for the others."""
+        from conan_jax.data.prepared import Prepared
 
-        if self._prepared is not None:
-            return self._prepared.tokenizer
-        path = self.run.tokenizer.path
-        return Tokenizer.load(tokenizer_folder(self.run) if path is None else expand_variables(path))
+        if self._prepared is None:
+            self._prepared = Prepared.load(self.run)
+        return self._prepared
 
     def _evaluate_stage(self, folder: Path, trained: bool) -> None:
         """Score what was trained, or what was never scored on these sets."""
@@ -243,7 +249,7 @@ class Recipe:
         if before is None:
             return
         old, new = config_io.flatten(config_io.from_dict(before)), config_io.flatten(self.run)
-        begun = [s.name for s in stages if (self.folder / s.name / "checkpoints").exists()]
+        begun = [stage.name for stage in self._begun(stages)]
         prefixes = ("model.", "tokenizer.", "datasets.", "seed", "init_from", *(f"{name}." for name in begun))
         changed = [
             key for key in sorted(old.keys() | new.keys())

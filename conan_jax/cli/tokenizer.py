@@ -25,7 +25,7 @@ Datasets are folders made by [bold]conan data build[/bold]. The same texts and s
 """
 _INFO_EXAMPLES = """[bold]Examples[/bold]
 
- conan tokenizer info runs/demo/data/tokenizer
+ conan tokenizer info runs/demo
 
  conan tokenizer info tokenizer --json | jq -r .sha256
 """
@@ -40,7 +40,7 @@ _VOCAB_SIZE = "Tokens, the 256 bytes and 4 special ids included.  [dim]default: 
 _COVERAGE = "Share of characters that get a token; the rest is bytes.  [dim]default: 0.9999[/dim]"
 _SAMPLE = "Train on a spread sample of this size.  [dim]default: 2000000000[/dim]"
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tokenizer, or its model file.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tokenizer or its model file, or a run that has one.")]
 
 
 @app.command("train", epilog=_TRAIN_EXAMPLES)
@@ -57,7 +57,6 @@ def train(
     from rich.console import Console
 
     from conan_jax import config as settings
-    from conan_jax.data.folders import tokenizer_folder
 
     given = {"vocab_size": vocab_size, "character_coverage": character_coverage, "max_training_bytes": max_training_bytes}
     given = {name: value for name, value in given.items() if value is not None}
@@ -68,7 +67,7 @@ def train(
         if datasets or out or given:
             raise ConfigError("--config names datasets, folder and settings itself; change them with --set tokenizer.KEY=VALUE")
         run = config_io.load_run(config, overrides or [])
-        tokenizer, out = prepare_tokenizer(run, console=Console(stderr=True)), Path(run.tokenizer.path or tokenizer_folder(run))
+        out, tokenizer = prepare_tokenizer(run, console=Console(stderr=True))
     else:
         from conan_jax.data.prepare import dataset_texts
         from conan_jax.data.tokenizer import train_tokenizer
@@ -92,11 +91,24 @@ def _sha256(folder: Path) -> str | None:
         return None
 
 
+def _of_run(folder: Path) -> Path:
+    """The folder of the tokenizer that a run was prepared with; `folder` itself where it is not a run."""
+    from conan_jax import config_io
+    from conan_jax.data.prepared import FILE, tokenizer_places
+    from conan_jax.files import read_json
+
+    if not (folder / FILE).is_file() or not (folder / "config.json").is_file():
+        return folder
+    places = tokenizer_places(folder, config_io.from_dict(read_json(folder / "config.json")))
+    return next((place for place in places if place.is_dir()), folder)
+
+
 @app.command("info", epilog=_INFO_EXAMPLES)
 def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """Show vocabulary, special ids, sha256 and how it was trained."""
     from conan_jax.data.tokenizer import Tokenizer, read_settings
 
+    folder = _of_run(folder)
     tokenizer = Tokenizer.load(folder)
     special = {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     settings = read_settings(folder) if folder.is_dir() else {}
@@ -117,7 +129,7 @@ def encode(
     """Print the tokens of a text, without special ids."""
     from conan_jax.data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(_of_run(folder))
     if text is None:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")

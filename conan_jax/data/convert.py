@@ -1,17 +1,17 @@
 """Raw records -> validated records -> ArrayRecord shards that TFDS opens, with a manifest and the rejects.
 
-The dataset is written to a hidden folder beside its place and renamed when it is whole, so a process
-killed at any moment leaves the old dataset or none, never half of one.
+`write_dataset` fills an empty folder. `build_dataset` does so beside a place that the user names and renames the folder when it is
+whole: a process that is killed at any moment leaves the old dataset or none, never half of one.
 """
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 import conan_jax
 from conan_jax.config import Dataset
 from conan_jax.data import example, readers, shards
-from conan_jax.data.manifest import MANIFEST, REJECTS, Manifest, SourceFile, read_manifest, sha256_of, verify
+from conan_jax.data.artifacts import lock
+from conan_jax.data.manifest import MANIFEST, REJECTS, Manifest, SourceFile, manifest_in, read_manifest, sha256_of, verify
 from conan_jax.data.schema import REASONS, Reject, check_fields, parse
 from conan_jax.errors import DataError
+from conan_jax.files import partial_path, unusable
 
 _EXCERPT = 500
 _HOPELESS = 1000  # a source whose first so many records are all bad is not read to its end
@@ -57,34 +59,73 @@ def build_dataset(dataset: Dataset, out_dir: str | os.PathLike[str], *, num_shar
             rejects then lie in `OUT_DIR.rejects.jsonl`, one JSON object a line with place, reason and excerpt.
     """
     say = say or (lambda _: None)
-    check_fields(dataset.kind, dataset.fields)
     out = Path(out_dir).absolute()
+    check_fields(dataset.kind, dataset.fields)
     _refuse_foreign(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(out.parent / f".{out.name}.lock", "w")
+        with lock(out):  # a second builder of this folder waits, then finds the work done
+            _restore(out)
+            built = None if force else find_dataset(dataset, [out], num_shards=num_shards, say=say)
+            if built is not None:
+                return built[1]
+            replaced = None if force else manifest_in(out)
+            if replaced is not None and (why := difference(dataset, replaced, num_shards)):
+                say(f"{out}: {why}; replacing its {replaced.records:,} {replaced.kind} records")
+            private = partial_path(out)
+            try:
+                private.mkdir()
+                manifest = write_dataset(dataset, private, rejects_file(out), num_shards=num_shards, progress=progress,
+                                         say=say, tfds_data_dir=tfds_data_dir)
+                _move_into_place(private, out)
+            finally:
+                shutil.rmtree(private, ignore_errors=True)
+            return manifest
     except OSError as error:
-        raise DataError(f"cannot write beside {out}: {error.strerror}; name another folder") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second builder of this folder waits, then finds the work done
-        _restore(out)
-        settings = {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit,
-                    "num_shards": num_shards, **({"clean": dataset.clean} if dataset.clean else {})}
-        built = None if force else _built(out, settings, say)
-        try:
-            plan = readers.expand(dataset.source)
-        except DataError as error:
-            if built is None:
-                raise
-            say(f"{error}; using the dataset already built in {out}")
-            return built
-        if built and built.reject_rate <= dataset.max_reject_rate and _same_source(built, plan):
-            return built
-        if built:
-            say(f"the source of {out} has changed; building it again")
-        if plan.note:
-            say(plan.note)
-        return _build(dataset, plan, out, settings, num_shards, progress, tfds_data_dir)
+        raise unusable(out, error) from None
+
+
+def rejects_file(place: Path) -> Path:
+    """The file that says why the last build of `place` was refused; gone when one succeeds."""
+    return place.with_name(f"{place.name}.{REJECTS}")
+
+
+def find_dataset(dataset: Dataset, folders: Iterable[Path], *, num_shards: int | None = None,
+                 say: Callable[[str], None] = lambda _: None) -> tuple[Path, Manifest] | None:
+    """The first of `folders` with a whole dataset of these settings and of the bytes of this source, and its manifest.
+
+    Where the source is gone, the first one with these settings. Raises `DataError` when the source is gone and there is none.
+    """
+    built = list(_built(folders, _settings(dataset, num_shards), say))
+    try:
+        plan = readers.expand(dataset.source)
+    except DataError as error:
+        if not built:
+            raise
+        say(f"{error}; using the dataset already built in {built[0][0]}")
+        return built[0]
+    sha256 = functools.cache(sha256_of)
+    return next(((folder, manifest) for folder, manifest in built
+                 if manifest.reject_rate <= dataset.max_reject_rate and _same_source(manifest, plan, sha256)), None)
+
+
+def difference(dataset: Dataset, built: Manifest, num_shards: int | None = None) -> str:
+    """What of settings and source differs between `dataset` and a build of it, in words; "" when nothing does."""
+    if built.settings != (settings := _settings(dataset, num_shards)):
+        pairs = {key: (built.settings.get(key), settings.get(key)) for key in settings | built.settings}
+        changed = [f"{key} {before!r} -> {now!r}" for key, (before, now) in pairs.items() if before != now]
+        return f"its settings have changed: {', '.join(changed)}"
+    plan = readers.expand(dataset.source)
+    if _same_source(built, plan, sha256_of):
+        return ""
+    before, now = sum(file.bytes for file in built.files), sum(file.stat().st_size for file in plan.files)
+    return (f"its source {dataset.source} has changed (files: {len(built.files)} -> {len(plan.files)}, bytes: {before:,} -> {now:,}; it gave "
+            f"{built.records:,} records)")
+
+
+def _settings(dataset: Dataset, num_shards: int | None) -> dict[str, Any]:
+    return {"kind": dataset.kind, "name": dataset.name, "fields": dict(dataset.fields), "limit": dataset.limit, "num_shards": num_shards,
+            **({"clean": dataset.clean} if dataset.clean else {})}
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -100,23 +141,21 @@ def _refuse_foreign(out: Path) -> None:
                         "name another folder, or move it away")
 
 
-def _built(out: Path, settings: dict[str, Any], say: Callable[[str], None]) -> Manifest | None:
-    """The manifest of a whole dataset in `out` that was built with these settings."""
-    if not (out / MANIFEST).exists():
-        return None
-    try:
-        manifest = read_manifest(out)
-        verify(out, manifest, hashes=False)
-    except DataError as error:
-        say(f"{str(error).partition(';')[0]}; building it again from its source")
-        return None
-    if manifest.settings == settings:
-        return manifest
-    say(f"the {manifest.records:,} {manifest.kind} records in {out} were built with other settings; replacing them")
-    return None
+def _built(folders: Iterable[Path], settings: dict[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Path, Manifest]]:
+    """The folders with a whole dataset that was built with these settings."""
+    for folder in folders:
+        if not (folder / MANIFEST).exists():
+            continue
+        try:
+            manifest = read_manifest(folder)
+            if manifest.settings == settings:
+                verify(folder, manifest, hashes=False)
+                yield folder, manifest
+        except DataError as error:
+            say(f"{str(error).partition(';')[0]}; building it again from its source")
 
 
-def _same_source(built: Manifest, plan: readers.Plan) -> bool:
+def _same_source(built: Manifest, plan: readers.Plan, sha256: Callable[[Path], str]) -> bool:
     """True when the files hold the bytes that `built` was made from; hashed only where size or time differ."""
     tfds_parts = [part for part in plan.parts if isinstance(part, str)]
     if len(built.files) != len(plan.files) or (tfds_parts and built.source != plan.source):
@@ -124,23 +163,25 @@ def _same_source(built: Manifest, plan: readers.Plan) -> bool:
     for old, file in zip(built.files, plan.files):
         stat = file.stat()
         unmoved = old.path == str(file) and old.mtime_ns == stat.st_mtime_ns
-        if stat.st_size != old.bytes or not (unmoved or sha256_of(file) == old.sha256):
+        if stat.st_size != old.bytes or not (unmoved or sha256(file) == old.sha256):
             return False
     return True
 
 
-def _build(dataset: Dataset, plan: readers.Plan, out: Path, settings: dict[str, Any], num_shards: int | None,
-           progress: Callable[[Progress], None] | None, tfds_data_dir: str | None) -> Manifest:
-    temporary = out.parent / f".{out.name}.building"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+def write_dataset(dataset: Dataset, folder: Path, kept: Path, *, num_shards: int | None = None,
+                  progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda _: None,
+                  tfds_data_dir: str | None = None) -> Manifest:
+    """Build `dataset` in the empty `folder`, the manifest last; raises as `build_dataset`. The rejects of a failure go to `kept`."""
+    check_fields(dataset.kind, dataset.fields)
+    plan = readers.expand(dataset.source)
+    if plan.note:
+        say(plan.note)
     try:
         files = tuple(_source_file(file) for file in plan.files)
-        writer = shards.ShardWriter(temporary)
-        tally = _convert(dataset, plan, temporary, writer, progress or (lambda _: None), tfds_data_dir)
-        kept = out.parent / f"{out.name}.{REJECTS}"
+        writer = shards.ShardWriter(folder)
+        tally = _convert(dataset, plan, folder, writer, progress or (lambda _: None), tfds_data_dir)
         if tally.rejects.total() > dataset.max_reject_rate * tally.read or not writer.records:
-            os.replace(temporary / REJECTS, kept)
+            os.replace(folder / REJECTS, kept)
             raise DataError(_failure(dataset, tally, kept))
         for name, column in dataset.fields.items():
             if tally.dropped[f"no_{name}"] == writer.records:
@@ -151,18 +192,15 @@ def _build(dataset: Dataset, plan: readers.Plan, out: Path, settings: dict[str, 
                 raise DataError(f"{file.path} changed while it was being read; build again when it is complete")
         if num_shards:
             writer = shards.reshard(writer, num_shards)
-        built = shards.finish(temporary, dataset.name, dataset.kind, writer)
+        built = shards.finish(folder, dataset.name, dataset.kind, writer)
         manifest = Manifest(name=dataset.name, kind=dataset.kind, source=dataset.source, records=writer.records, read=tally.read,
-                            shards=built, files=files, settings=settings, rejects=_counts(tally.rejects), dropped=_counts(tally.dropped),
-                            dialects=_counts(tally.dialects), version=conan_jax.__version__)
-        manifest.write(temporary)
-        _move_into_place(temporary, out)
+                            shards=built, files=files, settings=_settings(dataset, num_shards), rejects=_counts(tally.rejects),
+                            dropped=_counts(tally.dropped), dialects=_counts(tally.dialects), version=conan_jax.__version__)
+        manifest.write(folder)
         kept.unlink(missing_ok=True)
         return manifest
     except OSError as error:
-        raise DataError(f"cannot build {out}: {error}; check that the disk has room and that the folder may be written") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise unusable(kept.with_name(kept.name.removesuffix(f".{REJECTS}")), error) from None
 
 
 @dataclass

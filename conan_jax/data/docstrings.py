@@ -27,13 +27,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from conan_jax.data import bm25, docstring_reader, docstring_records, docstring_selection, docstring_text
+from conan_jax.data.artifacts import make_once
 from conan_jax.data.docstring_reader import default_roots, find_modules, read_docstrings
 from conan_jax.data.docstring_selection import balance, deduplicate, evaluation_set, hold_out
+from conan_jax.data.folders import corpus_folder
 from conan_jax.errors import DataError
+from conan_jax.files import write_file
 
 MANIFEST = "corpus.json"
+EARLIER = "docstrings"  # the folder under DATA_DIR that earlier versions wrote a corpus to
 STS_SCORES = {"class": 5.0, "module": 3.5, "package": 1.5, "other": 0.0}
 
 
@@ -66,16 +71,16 @@ def build_corpus(
     """Write the corpus into `out_dir` and return its counts (records per file, files read and skipped).
 
     `roots` are folders of Python packages; None takes the running environment's. Files appear whole (written aside, then
-    renamed) and the manifest last, so an interrupted build is simply done again and a finished one is reused.
+    renamed) and the manifest last, so an interrupted build is done again and a finished one is reused.
     `progress(what, done, total)` counts the units of each long part of the work: "files", then "queries" of the pools.
     Raises `DataError` when a root is no folder or documents too little to hold modules out.
     """
     out = Path(out_dir)
     roots = default_roots() if roots is None else [Path(r) for r in roots]
     fingerprint = _fingerprint(tuple(roots), options)
-    done = _finished(out, fingerprint)
-    if done is not None:
-        return done
+    done = read_corpus(out)
+    if done is not None and done["fingerprint"] == fingerprint:
+        return done["counts"]
 
     found, counts = read_docstrings(roots, processes=processes, progress=functools.partial(progress, "files"))
     docs = balance(deduplicate(found), options.max_per_package)
@@ -111,6 +116,30 @@ def build_corpus(
     return counts
 
 
+def installed_corpus(data_dir: Path, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> Path:
+    """The folder under `data_dir` with the corpus of the packages installed here, built at its address on first use.
+
+    `progress` as for `build_corpus`, which also says what is raised.
+    """
+    mark = installed_fingerprint()
+    address = corpus_folder(data_dir, mark)
+
+    def find() -> Path | None:
+        found = ((folder, read_corpus(folder)) for folder in (address, data_dir / EARLIER))
+        return next((folder for folder, manifest in found if manifest is not None and manifest["fingerprint"] == mark), None)
+
+    def make(private: Path) -> Path:
+        build_corpus(private, progress=progress)
+        return address
+
+    return make_once(address, find, make)
+
+
+def installed_fingerprint() -> str:
+    """The fingerprint of the corpus that the packages installed here give."""
+    return _fingerprint(tuple(default_roots()), CorpusOptions())
+
+
 @functools.lru_cache  # the environment does not change under a running process, and a recipe names many parts of one corpus
 def _fingerprint(roots: tuple[Path, ...], options: CorpusOptions) -> str:
     """Identity of a corpus: its settings, the code that makes it, and the names and sizes of the modules read."""
@@ -122,15 +151,14 @@ def _fingerprint(roots: tuple[Path, ...], options: CorpusOptions) -> str:
     return digest.hexdigest()
 
 
-def _finished(out: Path, fingerprint: str) -> dict[str, int] | None:
-    """The counts of a complete, unaltered corpus with this fingerprint; None when it must be built."""
+def read_corpus(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete, unaltered corpus: `fingerprint`, `counts`, `sha256` by file; None where there is none."""
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["fingerprint"] == fingerprint and all(_sha256(*_state(out / n)) == h for n, h in manifest["sha256"].items()):
-            return manifest["counts"]
-    except (OSError, ValueError, KeyError):
-        pass
-    return None
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        unaltered = all(_sha256(*_state(folder / name)) == sha256 for name, sha256 in manifest["sha256"].items())
+        return manifest if unaltered and {"fingerprint", "counts"} <= manifest.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _state(path: Path) -> tuple[Path, int, int]:
@@ -146,10 +174,7 @@ def _sha256(path: Path, size: int, modified: int) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> str:
-    """Write `lines` beside `path`, rename into place, and return their sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `lines` to a file that appears whole, and return its sha256."""
     data = "".join(f"{line}\n" for line in lines).encode()
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    write_file(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conan_jax import config
+from conan_jax.data.prepared import recorded_corpus
 from conan_jax.errors import DataError
 
 DOCSTRINGS = "docstrings:"
@@ -26,21 +27,24 @@ def expand_variables(path: str) -> str:
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)
 
 
-def resolve(run: config.Run, path: str, build_corpus: Callable[[Path], object] | None = None) -> str:
+def resolve(run: config.Run, path: str, corpus: Callable[[], Path] | None = None) -> str:
     """The real location of `path` in `run`.
 
-    `docstrings:PART` is a file (or the BEIR folder `eval`) of the corpus made from the documentation of the packages
-    installed here; it is built into `DATA_DIR/docstrings` on first use.
+    `docstrings:PART` is a file (or the BEIR folder `eval`) of the corpus made from the documentation of the packages installed here.
+    `corpus` gives its folder; by default it is the one that the run was prepared with, or else it is built on first use.
     """
     if not path.startswith(DOCSTRINGS):
         return path if path.startswith("tfds:") else expand_variables(path)
-    folder = Path(run.data_dir) / "docstrings"
-    if build_corpus is None:
-        from conan_jax.data.docstrings import build_corpus
-    build_corpus(folder)
+    folder = corpus() if corpus is not None else _corpus(run)
     part = folder / path.removeprefix(DOCSTRINGS)
     for candidate in (part, part.with_name(part.name + ".jsonl")):
         if candidate.exists():
             return str(candidate)
     parts = ", ".join(sorted(p.name.removesuffix(".jsonl") for p in folder.iterdir() if not p.name.startswith(".")))
     raise DataError(f"{path}: the docstring corpus has no part {part.name!r}; it has {parts}")
+
+
+def _corpus(run: config.Run) -> Path:
+    from conan_jax.data.docstrings import installed_corpus
+
+    return recorded_corpus(run) or installed_corpus(Path(run.data_dir))

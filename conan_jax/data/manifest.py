@@ -94,6 +94,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise DataError(f"{path} is damaged ({error!r}); delete {folder} and build the dataset again") from None
 
 
+def manifest_in(folder: Path) -> Manifest | None:
+    """The manifest in a folder, None where there is none that can be read."""
+    try:
+        return read_manifest(folder)
+    except DataError:
+        return None
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Hex sha256 of a file, read in pieces (about 1.7 GB/s a core)."""
     with open(path, "rb") as file:

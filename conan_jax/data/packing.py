@@ -24,13 +24,15 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 import conan_jax
 from conan_jax.data.access import read_records
+from conan_jax.data.artifacts import make_once
 from conan_jax.data.folders import fingerprint
 from conan_jax.data.manifest import Manifest, Shard, read_manifest, sha256_of, verify
-from conan_jax.data.shards import SPLIT, write_tfds_metadata
+from conan_jax.data.shards import SPLIT, as_os_errors, write_tfds_metadata
 from conan_jax.data.sources import open_serialized
 from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import as_pair, record_texts
 from conan_jax.errors import DataError
+from conan_jax.files import replacing, write_json
 
 PackKind = Literal["pretrain", "sft"]
 Row = list["Segment"]
@@ -151,7 +153,8 @@ def pack(
     """Pack `source` into rows of `sequence_length` tokens in `out_dir`, or find them already there; returns the manifest.
 
     Shards of documents are tokenised and packed by threads (the tokenizer releases the interpreter lock), each written
-    whole or not at all; after an interruption the finished ones are kept. The rows do not depend on `num_workers`.
+    whole or not at all; after an interruption the finished ones are kept. The rows do not depend on `num_workers`. Processes that
+    pack the same rows at once end with the same folder.
 
     Args:
         kind: `pretrain` learns all text of a record, split where it is longer than a row; `sft` learns the output after the
@@ -161,46 +164,56 @@ def pack(
         progress: called with (documents done, documents).
 
     Raises:
-        DataError: `sequence_length` is too short, or there is nothing to learn from.
+        DataError: `sequence_length` is too short, there is nothing to learn from, or `out_dir` cannot be written.
     """
     out = Path(out_dir)
     separator = tokenizer.encode("\n")
     if sequence_length < len(separator) + 3:
         raise DataError(f"sequence_length {sequence_length} is too short to pack rows; {len(separator) + 3} is the least")
-    mark = fingerprint(format=_FORMAT, tokenizer=tokenizer.sha256, kind=kind, sequence_length=sequence_length, record_kind=record_kind,
+    mark = rows_fingerprint(tokenizer.sha256, kind, sequence_length, record_kind, content)
+    work = out.parent / f".{out.name}.{mark[:16]}"  # the same for every process and restart: the finished shards in it are used again
+
+    def make(private: Path) -> Path:
+        blocks = _blocks(len(source))
+
+        def work_on(block: range) -> dict[str, int]:
+            name = work / f"{block.start:012d}"
+            stored = _finished_shard(name)
+            if stored is None:
+                segments = _segments(read_records(source, block), tokenizer, kind, record_kind, separator, sequence_length)
+                bins = best_fit([len(s.tokens) for s in segments], sequence_length)
+                stored = _write_shard(name, [[segments[i] for i in members] for members in bins])
+            return stored
+
+        shards, documents = [], 0
+        pool = ThreadPoolExecutor(num_workers or os.cpu_count() or 1)
+        try:
+            work.mkdir(exist_ok=True)
+            for block, shard in zip(blocks, pool.map(work_on, blocks)):
+                shards.append(shard)
+                documents += len(block)
+                if progress is not None:
+                    progress(documents, len(source))
+            settings = {"fingerprint": mark, "kind": kind, "sequence_length": sequence_length, "tokenizer": tokenizer.sha256,
+                        "documents": len(source), "tokens": sum(s["tokens"] for s in shards), "targets": sum(s["targets"] for s in shards)}
+            _finish(work, private, out, blocks, shards, settings)
+        except OSError:
+            # Without locks another process may have finished the rows meanwhile, and removed the shards that it was done with.
+            if packed_manifest(out, mark) is None:
+                raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return out
+
+    manifest = make_once(out, lambda: packed_manifest(out, mark), make)
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def rows_fingerprint(tokenizer_sha256: str, kind: PackKind, sequence_length: int, record_kind: str, content: str) -> str:
+    """The fingerprint of packed rows: equal exactly when their bytes are."""
+    return fingerprint(format=_FORMAT, tokenizer=tokenizer_sha256, kind=kind, sequence_length=sequence_length, record_kind=record_kind,
                        content=content)
-    work = out.parent / f".{out.name}.{mark[:16]}"
-    done = packed_manifest(out, mark)
-    for stale in out.parent.glob(f".{out.name}.*"):
-        if done is not None or stale != work:
-            shutil.rmtree(stale, ignore_errors=True)
-    if done is not None:
-        return done
-    work.mkdir(parents=True, exist_ok=True)
-    blocks = _blocks(len(source))
-
-    def work_on(block: range) -> dict[str, int]:
-        name = work / f"{block.start:012d}"
-        stored = _finished_shard(name)
-        if stored is None:
-            segments = _segments(read_records(source, block), tokenizer, kind, record_kind, separator, sequence_length)
-            bins = best_fit([len(s.tokens) for s in segments], sequence_length)
-            stored = _write_shard(name, [[segments[i] for i in members] for members in bins])
-        return stored
-
-    shards, documents = [], 0
-    pool = ThreadPoolExecutor(num_workers or os.cpu_count() or 1)
-    try:
-        for block, shard in zip(blocks, pool.map(work_on, blocks)):
-            shards.append(shard)
-            documents += len(block)
-            if progress is not None:
-                progress(documents, len(source))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    settings = {"fingerprint": mark, "kind": kind, "sequence_length": sequence_length, "tokenizer": tokenizer.sha256,
-                "documents": len(source), "tokens": sum(s["tokens"] for s in shards), "targets": sum(s["targets"] for s in shards)}
-    return _finish(work, out, blocks, shards, settings)
 
 
 def packed_manifest(folder: str | os.PathLike[str], mark: str) -> Manifest | None:
@@ -231,26 +244,24 @@ def _segments(
 
 
 def _write_shard(name: Path, rows: list[Row]) -> dict[str, int]:
-    temporary = name.with_suffix(".tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     num_bytes = tokens = targets = 0
-    for row in rows:
-        example = tf_example_pb2.Example()
-        feature = example.features.feature
-        feature["tokens"].int64_list.value.extend(np.concatenate([s.tokens for s in row]).tolist())
-        feature["segment_lengths"].int64_list.value.extend(len(s.tokens) for s in row)
-        feature["prompt_lengths"].int64_list.value.extend(s.prompt for s in row)
-        serialized = example.SerializeToString(deterministic=True)
-        writer.write(serialized)
-        num_bytes += len(serialized)
-        tokens += sum(len(s.tokens) for s in row)
-        targets += sum(len(s.tokens) - s.prompt for s in row)
-    writer.close()
-    size = temporary.stat().st_size
-    os.replace(temporary, name.with_suffix(".part"))
+    with replacing(name.with_suffix(".part")) as temporary, as_os_errors():
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for row in rows:
+            example = tf_example_pb2.Example()
+            feature = example.features.feature
+            feature["tokens"].int64_list.value.extend(np.concatenate([s.tokens for s in row]).tolist())
+            feature["segment_lengths"].int64_list.value.extend(len(s.tokens) for s in row)
+            feature["prompt_lengths"].int64_list.value.extend(s.prompt for s in row)
+            serialized = example.SerializeToString(deterministic=True)
+            writer.write(serialized)
+            num_bytes += len(serialized)
+            tokens += sum(len(s.tokens) for s in row)
+            targets += sum(len(s.tokens) - s.prompt for s in row)
+        writer.close()
+        size = temporary.stat().st_size
     described = {"rows": len(rows), "num_bytes": num_bytes, "tokens": tokens, "targets": targets, "bytes": size}
-    temporary.write_text(json.dumps(described))
-    os.replace(temporary, name.with_suffix(".json"))  # after the rows: a shard that is described is whole
+    write_json(name.with_suffix(".json"), described)  # after the rows: a shard that is described is whole
     return described
 
 
@@ -262,27 +273,23 @@ def _finished_shard(name: Path) -> dict[str, int] | None:
         return None
 
 
-def _finish(work: Path, out: Path, blocks: list[range], shards: list[dict[str, int]], settings: dict[str, Any]) -> Manifest:
+def _finish(work: Path, folder: Path, out: Path, blocks: list[range], shards: list[dict[str, int]], settings: dict[str, Any]) -> None:
+    """Fill `folder`, which becomes `out`, with the shards in `work` and their description."""
     filled = [(work / f"{block.start:012d}.part", shard) for block, shard in zip(blocks, shards) if shard["rows"]]
     if not filled:
         raise DataError(f"there is nothing to learn from in {settings['documents']:,} records for {out}")
-    whole = work.with_name(f"{work.name}.whole")
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir()
     entries = []
     for i, (part, shard) in enumerate(filled):
-        path = whole / f"packed-{SPLIT}.array_record-{i:05d}-of-{len(filled):05d}"
-        os.replace(part, path)
+        path = folder / f"packed-{SPLIT}.array_record-{i:05d}-of-{len(filled):05d}"
+        try:
+            os.link(part, path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(part, path)
         entries.append(Shard(path.name, shard["rows"], path.stat().st_size, sha256_of(path)))
     features = tfds.features.FeaturesDict({name: tfds.features.Tensor(shape=(None,), dtype=np.int32) for name in _FIELDS})
-    write_tfds_metadata(whole, features, [e.records for e in entries], sum(s["num_bytes"] for _, s in filled), "packed rows")
+    write_tfds_metadata(folder, features, [e.records for e in entries], sum(s["num_bytes"] for _, s in filled), "packed rows")
     rows = sum(e.records for e in entries)
     settings = {**settings, "fill": settings["tokens"] / (rows * settings["sequence_length"])}
     manifest = Manifest(name=out.name, kind="packed", source="", records=rows, read=settings["documents"], shards=tuple(entries), files=(),
                         settings=settings, version=conan_jax.__version__)
-    manifest.write(whole)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(whole, out)
-    shutil.rmtree(work)
-    return manifest
+    manifest.write(folder)

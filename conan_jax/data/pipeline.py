@@ -6,6 +6,7 @@ same global batch. Text is tokenised here, in the threads that read ahead; langu
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,9 @@ import grain
 
 from conan_jax import config
 from conan_jax.data import feeds, indexes, mixture
-from conan_jax.data.folders import content_fingerprint, dataset_folder, fingerprint, index_file, packed_folder
+from conan_jax.data.folders import content_fingerprint, fingerprint, index_file
 from conan_jax.data.packing import open_packed
+from conan_jax.data.prepared import Prepared
 from conan_jax.data.sources import open_source
 from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import PAIR_KINDS, Batch, stable_seed
@@ -29,9 +31,10 @@ class Pipeline:
     """Batches of one stage (docs/ARCHITECTURE.md, "Batches"), this host's slice of each.
 
     Args:
-        run: the recipe; its datasets and packed rows must be prepared in `run.data_dir`.
+        run: the recipe.
         stage: one of `run.stages`.
         tokenizer: the tokenizer of the run.
+        prepared: the folders of datasets and packed rows; default: those that `prepared.json` of the run records.
         host_index, host_count: which contiguous part of every global batch this process gets.
         sources: random-access sources by dataset name, instead of the prepared ones.
 
@@ -42,9 +45,10 @@ class Pipeline:
 
     def __init__(
         self, run: config.Run, stage: config.AnyStage, tokenizer: AnyTokenizer, *,
-        host_index: int = 0, host_count: int = 1, sources: Mapping[str, Sequence[Any]] | None = None,
+        prepared: Prepared | None = None, host_index: int = 0, host_count: int = 1, sources: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         self._run, self._stage, self._tokenizer = run, stage, tokenizer
+        self._given = prepared
         self._hosts = {"host_index": host_index, "host_count": host_count}
         self._sources = dict(sources or {})
         match stage:
@@ -80,11 +84,15 @@ class Pipeline:
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
         return iter(grain.MapDataset.range(start, sys.maxsize).map(self.batch).to_iter_dataset(ahead))
 
+    @functools.cached_property
+    def _prepared(self) -> Prepared:
+        return self._given or Prepared.load(self._run)
+
     def _packed(self, stage: config.LMStage) -> feeds.Feed:
         owner = f"stage {stage.name!r}"
         for mix in stage.datasets:
             if mix.dataset not in self._sources:
-                self._sources[mix.dataset] = open_packed(packed_folder(self._run, stage.name, mix.dataset))
+                self._sources[mix.dataset] = open_packed(self._prepared.rows(stage.name, mix.dataset))
         members = self._members(stage.datasets, SINGLE)
         streams = self._streams(members, stage.datasets, stage.global_batch_size, owner)
         return feeds.Feed(members, mixture.Schedule(streams, stage.global_batch_size, **self._hosts), feeds.collate_packed)
@@ -123,7 +131,7 @@ class Pipeline:
             if kind not in kinds:
                 raise ConfigError(f"{owner} needs records of kind {' or '.join(kinds)}, but dataset {mix.dataset!r} is of kind {kind}")
             if mix.dataset not in self._sources:
-                self._sources[mix.dataset] = open_source(dataset_folder(self._run, mix.dataset))
+                self._sources[mix.dataset] = open_source(self._prepared.dataset(mix.dataset))
         return self._members(mixes, task, classes=kinds == ("labelled",))
 
     def _members(self, mixes: Sequence[config.Mix], task: str, classes: bool = False) -> list[feeds.Member]:

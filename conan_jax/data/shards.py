@@ -35,7 +35,7 @@ class ShardWriter:
     def write(self, serialized: bytes) -> None:
         if self._writer is None or self._shard_bytes >= self._full:
             self.start_shard()
-        with _as_os_errors():
+        with as_os_errors():
             self._writer.write(serialized)
         self.counts[-1] += 1
         self.records += 1
@@ -52,12 +52,12 @@ class ShardWriter:
     def close(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with _as_os_errors():
+            with as_os_errors():
                 writer.close()
 
 
 @contextmanager
-def _as_os_errors() -> Iterator[None]:
+def as_os_errors() -> Iterator[None]:
     """ArrayRecord reports a full disk as RuntimeError."""
     try:
         yield

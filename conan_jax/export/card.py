@@ -10,9 +10,7 @@ from typing import Any
 import jinja2
 
 from conan_jax import config
-from conan_jax.data.folders import dataset_folder
-from conan_jax.data.manifest import Manifest, read_manifest
-from conan_jax.errors import DataError
+from conan_jax.data.prepared import dataset_manifest
 from conan_jax.export.source import Source
 from conan_jax.files import read_json
 from conan_jax.model import num_params
@@ -77,7 +75,7 @@ def _datasets(source: Source, stages: list[config.Stage]) -> list[dict[str, Any]
         users = [stage.name for stage in stages if dataset.name in _used(stage)]
         if not users:
             continue
-        manifest = _manifest(source, dataset.name)
+        manifest = dataset_manifest(source.folder, source.run, dataset.name)
         rows.append({"name": dataset.name, "kind": dataset.kind, "stages": ", ".join(users), "source": _origin(dataset.source),
                      "records": manifest.records if manifest else None})
     return rows
@@ -86,15 +84,6 @@ def _datasets(source: Source, stages: list[config.Stage]) -> list[dict[str, Any]
 def _used(stage: config.Stage) -> set[str]:
     mixes = [*getattr(stage, "datasets", ()), *(mix for task in getattr(stage, "tasks", ()) for mix in task.datasets)]
     return {mix.dataset for mix in mixes}
-
-
-def _manifest(source: Source, dataset: str) -> Manifest | None:
-    for place in (source.folder / "data" / dataset, dataset_folder(source.run, dataset)):
-        try:
-            return read_manifest(place)
-        except DataError:
-            continue
-    return None
 
 
 def _origin(source: str) -> str:

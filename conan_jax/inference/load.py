@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from conan_jax import config, config_io
 from conan_jax.data.locations import expand_variables
+from conan_jax.data.prepared import tokenizer_places
 from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json
@@ -92,8 +93,11 @@ def _is_read(name: str) -> bool:
 
 
 def find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> AnyTokenizer:
-    """The tokenizer with the recorded sha256, beside the checkpoints or where the recipe put it."""
-    places = [stage_folder.parent / "data" / "tokenizer", Path(run.data_dir) / "tokenizer"]
+    """The tokenizer with the recorded sha256: where `prepared.json` or the recipe says, or anywhere in the prepared data.
+
+    Raises `CheckpointError` when there is none.
+    """
+    places = tokenizer_places(stage_folder.parent, run)
     seen = []
     if run.tokenizer.path is not None:
         try:

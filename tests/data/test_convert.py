@@ -175,7 +175,7 @@ def test_built_once_until_something_changes(tmp_path):
     assert "has changed" in said.pop()
     assert (third := inode()) != second and built_texts(out)[-1] == "text X"
     build_dataset(dataclasses.replace(dataset, limit=2), out, say=said.append)
-    assert "the 3 text records" in said.pop()
+    assert "3 text records" in said.pop()
     assert (fourth := inode()) != third
     (shard,) = read_manifest(out).shards
     (out / shard.file).write_bytes(b"cut")

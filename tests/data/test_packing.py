@@ -184,7 +184,7 @@ def test_finished_rows_are_used_again_and_anything_else_is_made_anew(documents, 
     assert packed() == 0
     assert packed(length=32) == len(documents)
     assert packed(length=32, content="other records") == len(documents)
-    assert [p.name for p in tmp_path.iterdir()] == ["p"]  # nothing is left behind
+    assert {p.name for p in tmp_path.iterdir()} == {"p", ".p.lock"}  # nothing is left behind
 
 
 def test_an_interrupted_packing_goes_on_where_it_was(documents, tmp_path, small_shards):
@@ -209,8 +209,12 @@ def test_an_interrupted_packing_goes_on_where_it_was(documents, tmp_path, small_
 
 
 def test_a_half_written_shard_of_an_interrupted_packing_is_made_again(documents, tmp_path, small_shards, monkeypatch):
-    monkeypatch.setattr(packing, "_finish", lambda *a: None)  # killed after the last shard
-    pack(documents, tokenizer(), "pretrain", 64, tmp_path / "p", record_kind="text", content="c")
+    def stop(*_):  # after the last shard
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(documents, tokenizer(), "pretrain", 64, tmp_path / "p", record_kind="text", content="c")
     monkeypatch.undo()
     monkeypatch.setattr(packing, "_MIN_SHARD_DOCUMENTS", 40)
     [part] = tmp_path.glob(".p.*/000000000040.part")

@@ -46,7 +46,7 @@ def make_run(raw, data_dir):
     return c.Run(
         name="t", stages=stages, datasets=tuple(c.Dataset(name, kind, str(raw / f"{name}.jsonl")) for name, kind in kinds.items()),
         model=c.Model(vocab_size=512, hidden_size=32, num_heads=2, num_kv_heads=1, max_length=64),
-        tokenizer=c.Tokenizer(vocab_size=500, datasets=("docs",)), data_dir=str(data_dir),
+        tokenizer=c.Tokenizer(vocab_size=500, datasets=("docs",)), data_dir=str(data_dir), output_dir=str(raw.parent / "run"),
     )
 
 
@@ -59,7 +59,8 @@ def snapshot(run):
 
 
 def first_parts(changed):
-    return {name.split("/")[0] for name in changed}
+    """The kinds of parts that changed: a folder of ours, or the name of a dataset."""
+    return {re.sub(r"-[0-9a-f]{12}$", "", name.split("/")[0]) for name in changed}
 
 
 def test_everything_a_run_reads_is_made_once(run):
@@ -67,7 +68,7 @@ def test_everything_a_run_reads_is_made_once(run):
     assert set(made.datasets) == {"docs", "chat", "pairs"} and set(made.packed) == {("pretrain", "docs"), ("sft", "chat")}
     assert made.tokenizer.vocab_size == 500
     before = snapshot(run)
-    assert first_parts(before) == {"docs", "chat", "pairs", "tokenizer", "packed", "indexes"}
+    assert first_parts(before) == {"docs", "chat", "pairs", "tokenizers", "packed", "indexes"}
     again = prepare(run)
     assert snapshot(run) == before and again.tokenizer.sha256 == made.tokenizer.sha256
     for stage in run.stages:
@@ -87,16 +88,19 @@ def test_prepared_and_in_memory_records_give_the_same_batches(run):
 
 
 @pytest.mark.parametrize("change, remade", [
-    (lambda run: dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, datasets=("docs",))), {"tokenizer", "packed", "indexes"}),
+    (lambda run: dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, datasets=("docs",))), {"tokenizers", "packed", "indexes"}),
     (lambda run: dataclasses.replace(run, stages=(dataclasses.replace(run.stages[0], sequence_length=48), *run.stages[1:])), {"packed"}),
     (lambda run: dataclasses.replace(run, seed=5), set()),
 ])
-def test_a_change_remakes_what_depends_on_it(run, change, remade):
+def test_a_change_makes_what_depends_on_it_beside_what_was_there(run, change, remade):
     prepare(run)
     before = snapshot(run)
     prepare(change(run))
     after = snapshot(run)
-    assert first_parts({name for name in before | after if before.get(name) != after.get(name)}) == remade
+    assert first_parts(after.keys() - before.keys()) == remade
+    assert before.items() <= after.items()
+    prepare(run)
+    assert snapshot(run) == after  # both recipes are prepared
 
 
 def test_changed_records_remake_their_rows(run, tmp_path):
@@ -112,25 +116,27 @@ def test_changed_records_remake_their_rows(run, tmp_path):
 
 
 def test_a_ready_tokenizer_is_used_as_it_is(run, tmp_path):
-    trained = prepare_tokenizer(run)
-    ready = c.Tokenizer(vocab_size=500, path=f"{run.data_dir}/tokenizer")
+    folder, trained = prepare_tokenizer(run)
+    ready = c.Tokenizer(vocab_size=500, path=str(folder))
     other = dataclasses.replace(run, data_dir=str(tmp_path / "other"), tokenizer=ready)
     assert prepare(other).tokenizer.sha256 == trained.sha256
-    assert not (tmp_path / "other" / "tokenizer").exists()
+    assert not (tmp_path / "other" / "tokenizers").exists()
 
 
 def test_a_damaged_tokenizer_is_trained_again(run):
-    sha256 = prepare_tokenizer(run).sha256
-    with open(f"{run.data_dir}/tokenizer/tokenizer.model", "r+b") as file:
+    folder, tokenizer = prepare_tokenizer(run)
+    with open(folder / "tokenizer.model", "r+b") as file:
         file.write(b"garbage")
-    assert prepare_tokenizer(run).sha256 == sha256 == Tokenizer.load(f"{run.data_dir}/tokenizer").sha256
+    again, same = prepare_tokenizer(run)
+    assert again == folder and same.sha256 == tokenizer.sha256 == Tokenizer.load(folder).sha256
 
 
 def test_what_cannot_train_is_refused_before_training(run):
     weak = dataclasses.replace(run.stages[2], global_batch_size=64)
     with pytest.raises(DataError, match="'pairs' holds 60 records, fewer than the global batch of 64"):
         prepare(dataclasses.replace(run, stages=(*run.stages[:2], weak)))
-    big = dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, path=f"{run.data_dir}/tokenizer"),
+    folder, _ = prepare_tokenizer(run)
+    big = dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, path=str(folder)),
                               model=dataclasses.replace(run.model, vocab_size=490))
     with pytest.raises(ConfigError, match="500 tokens but model.vocab_size is 490"):
         prepare(big)
@@ -148,13 +154,14 @@ def test_docstring_sources_look_at_the_corpus_once(run, monkeypatch):
 
     looked = []
 
-    def build_corpus(folder, **_):
-        looked.append(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "text.jsonl", [{"text": line} for line in LINES])
-        write(folder / "pairs.jsonl", [{"query": line[:12], "pos": line} for line in LINES])
+    def installed_corpus(data_dir, _):
+        looked.append(data_dir)
+        (data_dir / "corpus").mkdir(parents=True)
+        write(data_dir / "corpus" / "text.jsonl", [{"text": line} for line in LINES])
+        write(data_dir / "corpus" / "pairs.jsonl", [{"query": line[:12], "pos": line} for line in LINES])
+        return data_dir / "corpus"
 
-    monkeypatch.setattr(docstrings, "build_corpus", build_corpus)
+    monkeypatch.setattr(docstrings, "installed_corpus", installed_corpus)
     sources = {"docs": "docstrings:text", "pairs": "docstrings:pairs"}
     datasets = tuple(dataclasses.replace(d, source=sources.get(d.name, d.source)) for d in run.datasets)
     prepare(dataclasses.replace(run, datasets=datasets))
