@@ -119,8 +119,8 @@ def difference(dataset: Dataset, built: Manifest, num_shards: int | None = None)
     if _same_source(built, plan, sha256_of):
         return ""
     before, now = sum(file.bytes for file in built.files), sum(file.stat().st_size for file in plan.files)
-    return (f"its source {dataset.source} has changed (files: {len(built.files)} -> {len(plan.files)}, bytes: {before:,} -> {now:,}; it gave "
-            f"{built.records:,} records)")
+    return (f"its source {dataset.source} has changed (files: {len(built.files)} -> {len(plan.files)}, bytes: {before:,} -> {now:,}; "
+            f"it gave {built.records:,} records)")
 
 
 def _settings(dataset: Dataset, num_shards: int | None) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def prepare(run: config.Run, *, stages: Collection[str] | None = None, begun: Co
     for stage in used:
         for mix in stage.datasets if isinstance(stage, config.LMStage) else ():
             rows[stage.name, mix.dataset] = parts.rows(stage, mix.dataset, datasets[mix.dataset], tokenizer)
-    prepared = Prepared(tokenizer, {name: folder for name, (folder, _) in datasets.items()}, {key: folder for key, (folder, _) in rows.items()})
+    folders = ({key: folder for key, (folder, _) in parts.items()} for parts in (datasets, rows))
+    prepared = Prepared(tokenizer, *folders)
     for stage in used:
         Pipeline(run, stage, tokenizer, prepared=prepared)  # makes the cached indexes, and refuses data that cannot fill a batch
     parts.write_record(place, tokenizer, datasets, rows)
@@ -185,7 +186,8 @@ class _Parts:
             return address, pack(open_source(folder), tokenizer, stage.kind, stage.sequence_length, address,
                                  record_kind=self.run.dataset(name).kind, content=content_fingerprint(manifest), progress=advance)
 
-    def write_record(self, place: Path, tokenizer: AnyTokenizer, datasets: Mapping[str, Built], rows: Mapping[tuple[str, str], Built]) -> None:
+    def write_record(self, place: Path, tokenizer: AnyTokenizer, datasets: Mapping[str, Built],
+                     rows: Mapping[tuple[str, str], Built]) -> None:
         """Write `prepared.json`: these parts, and those of begun stages that were not asked for."""
         before = self.record if self.begun else Record()
         packed = {stage: dict(parts) for stage, parts in before.packed.items()}
@@ -196,7 +198,8 @@ class _Parts:
         if any(source.startswith(locations.DOCSTRINGS) for source in sources):
             corpus = relative(self._corpus, self.data_dir)
         made = {name: dataset_part(self.data_dir, folder, manifest) for name, (folder, manifest) in datasets.items()}
-        write_record(Path(self.run.output_dir), Record(tokenizer_part(self.data_dir, place, tokenizer), before.datasets | made, packed, corpus))
+        record = Record(tokenizer_part(self.data_dir, place, tokenizer), before.datasets | made, packed, corpus)
+        write_record(Path(self.run.output_dir), record)
 
     @functools.cached_property
     def _corpus(self) -> Path:
@@ -268,20 +271,21 @@ class _Parts:
             raise self._changed("the tokenizer", f"sha256 {before['sha256']} -> {tokenizer.sha256}")
 
     def _mark_of_rows(self, stage: config.LMStage, name: str, manifest: Manifest, tokenizer: AnyTokenizer) -> str:
-        return rows_fingerprint(tokenizer.sha256, stage.kind, stage.sequence_length, self.run.dataset(name).kind, content_fingerprint(manifest))
+        kind, content = self.run.dataset(name).kind, content_fingerprint(manifest)
+        return rows_fingerprint(tokenizer.sha256, stage.kind, stage.sequence_length, kind, content)
 
     def _compare_rows(self, stage: config.LMStage, name: str, mark: str) -> None:
         before = self.record.packed.get(stage.name, {}).get(name) if stage in self.begun else None
         if before is not None and before["fingerprint"] != mark:
-            raise self._changed(f"dataset {name!r} as rows of stage {stage.name!r}", f"fingerprint {before['fingerprint'][:12]} -> {mark[:12]}; "
-                                "records, tokenizer, kind or sequence_length differ")
+            raise self._changed(f"dataset {name!r} as rows of stage {stage.name!r}", f"fingerprint {before['fingerprint'][:12]} -> "
+                                f"{mark[:12]}; records, tokenizer, kind or sequence_length differ")
 
     def _changed(self, what: str, why: str) -> ConfigError:
         run = self.run
         elsewhere = "name" if run.output_dir == f"runs/{run.name}" else "output_dir"
         return ConfigError(f"{what} is not what {run.output_dir} was trained with (stages {', '.join(s.name for s in self.begun)}): {why}. "
-                           f"Put it back as it was, make another run (--set {elsewhere}=...), or train this one anew: conan train with --fresh "
-                           "and without --stage")
+                           f"Put it back as it was, make another run (--set {elsewhere}=...), or train this one anew: conan train with "
+                           "--fresh and without --stage")
 
     def _say(self, text: str) -> None:
         if self.console is not None and text not in self._said:

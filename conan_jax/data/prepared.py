@@ -101,7 +101,8 @@ def write_record(run_folder: Path, record: Record) -> None:
 def earlier_record(run: config.Run) -> Record:
     """What a run of an earlier version, which wrote no record, finds in its `data_dir`."""
     data_dir = Path(run.data_dir)
-    datasets = {d.name: dataset_part(data_dir, data_dir / d.name, manifest) for d in run.datasets if (manifest := manifest_in(data_dir / d.name))}
+    found = {dataset.name: manifest_in(data_dir / dataset.name) for dataset in run.datasets}
+    datasets = {name: dataset_part(data_dir, data_dir / name, manifest) for name, manifest in found.items() if manifest is not None}
     packed: dict[str, dict[str, dict[str, Any]]] = {}
     for stage in run.stages:
         for mix in stage.datasets if isinstance(stage, config.LMStage) else ():
@@ -155,5 +156,6 @@ def tokenizer_places(run_folder: Path, run: config.Run) -> list[Path]:
     """Every folder that may hold a tokenizer of a run that may have been moved with its data, the recorded ones first."""
     record = read_record(run_folder)
     data_dirs = (run_folder / "data", Path(run.data_dir))
-    recorded = [data_dir / record.tokenizer["folder"] for data_dir in data_dirs] if record is not None and record.tokenizer is not None else []
+    part = None if record is None else record.tokenizer
+    recorded = [] if part is None else [data_dir / part["folder"] for data_dir in data_dirs]
     return list(dict.fromkeys([*recorded, *(place for data_dir in data_dirs for place in tokenizer_folders(data_dir))]))
