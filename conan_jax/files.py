@@ -44,7 +44,7 @@ def unusable_place(error: BaseException) -> DataError | None:
     while cause is not None:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             if isinstance(cause, OSError) and cause.errno == number:
-                return unusable(cause.filename or "a file", cause)
+                return unusable(cause.filename or "a file or standard output", cause)
             if os.strerror(number) in str(cause):
                 return DataError(f"a file cannot be written: {str(cause).strip().splitlines()[0]}; {_ADVICE[number]}")
         cause = cause.__cause__ or cause.__context__

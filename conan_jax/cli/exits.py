@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import json
 import os
 import signal
 import sys
@@ -21,6 +23,8 @@ _AGAIN_SECONDS = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 _SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
+_ESCAPE = "conan_escape"  # the error handler of the output's encoding
+
 _asked = False  # a signal asked the command to end, and `_stop` heard it
 _at_once = False
 _ended = threading.Event()
@@ -38,7 +42,7 @@ def run(command: Callable[[], Any]) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a character that the console does not know
+            stream.reconfigure(errors=_ESCAPE)
     _listen()
     code: int | str | None = 1
     try:
@@ -53,6 +57,16 @@ def run(command: Callable[[], Any]) -> NoReturn:
     except Exception as error:
         code = 1 if _asked else _told(error)  # compiled code may have put an error of its own in the place of `_Stopped`
     _end((1 if isinstance(code, str) else code or EXIT_DONE) if not (_asked and code) else EXIT_RESUMABLE)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Write characters that a console's encoding does not have as JSON does, so that printed JSON stays the same value."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start:error.end])[1:-1], error.end
+
+
+codecs.register_error(_ESCAPE, _escaped)
 
 
 def end_at_once() -> None:
