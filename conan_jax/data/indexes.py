@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from jaxtyping import Int32
 from conan_jax.data.access import blocks
 from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import as_pair, count_tokens, instruction_of
-from conan_jax.files import replacing
+from conan_jax.files import replacing, unusable
 
 
 class Labels:
@@ -74,10 +77,14 @@ def labels(source: Sequence[Any], cache: Path | None = None) -> Labels:
 
 def _cached(cache: Path | None, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if cache is not None and cache.is_file():
-        with np.load(cache, allow_pickle=False) as stored:
+        # A damaged file is made again: what is in it follows from the records.
+        with suppress(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error), np.load(cache, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     arrays = compute()
     if cache is not None:
-        with replacing(cache) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
+        try:
+            with replacing(cache) as partial, open(partial, "wb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            raise unusable(cache, error) from error
     return arrays

@@ -56,7 +56,7 @@ def test_what_begun_stages_depend_on_is_compared_before_anything_is_built(run, t
     before, record = snapshot(run), (tmp_path / "run" / "prepared.json").read_bytes()
     changed = {
         "records": run,
-        "limit": dataclasses.replace(run, datasets=tuple(dataclasses.replace(d, limit=30 if d.name == "chat" else None) for d in run.datasets)),
+        "limit": dataclasses.replace(run, datasets=tuple(dataclasses.replace(d, limit=30) if d.name == "chat" else d for d in run.datasets)),
         "vocabulary": dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, vocab_size=480)),
         "rows": dataclasses.replace(run, stages=(dataclasses.replace(run.stages[0], sequence_length=48), *run.stages[1:])),
     }[change]
@@ -118,3 +118,12 @@ def test_damaged_shards_of_a_begun_run_are_built_again(run):  # noqa: F811
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
     assert prepare(run, begun=BEGUN).datasets == made.datasets and shard.read_bytes() == whole
+
+
+def test_a_damaged_index_is_made_again(run):  # noqa: F811
+    made = prepare(run)
+    [index] = Path(run.data_dir, "indexes").glob("*.npz")
+    whole = index.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        index.write_bytes(damaged)
+        assert prepare(run).tokenizer.sha256 == made.tokenizer.sha256 and index.stat().st_size == len(whole)
