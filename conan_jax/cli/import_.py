@@ -52,11 +52,21 @@ def hf(
             "run": str(out), "architecture": made.origin.architecture, "dtype": made.origin.dtype, "parameters": parameters,
             "mask": made.run.stages[0].options["mask"], "vocab_size": model.vocab_size, "max_length": model.max_length,
             "tokenizer": {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, "eos_id": tokenizer.eos_id,
-                          "pad_id": tokenizer.pad_id}, "notes": made.notes}))
+                          "pad_id": tokenizer.pad_id, "prefix_ids": tokenizer.prefix_ids, "suffix_ids": tokenizer.suffix_ids},
+            "notes": made.notes}))
         return
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{out}: {made.origin.architecture}, {parameters:,} parameters, rows of up to {model.max_length:,} tokens, "
-                  f"{made.run.stages[0].options['mask']}; a text ends in token {tokenizer.eos_id}, padding is {tokenizer.pad_id}")
+                  f"{made.run.stages[0].options['mask']}; token ids before a text: {_ids(tokenizer.prefix_ids)}, after it: "
+                  f"{_ids(tokenizer.suffix_ids)}, padding: {tokenizer.pad_id}")
     for note in made.notes:
         console.print(f"note: {note}")
+    if made.origin.embedder:
+        prompts = ", ".join(name for name, prompt in made.run.stages[0].options["prompts"].items() if prompt)
+        console.print(f"a sentence-transformers folder: {model.pooling} pooling, prompts: {prompts or 'none'}")
+    console.print(f"compare it with that folder: conan verify {out}")
     console.print(f"start a recipe from it: conan train RECIPE --init-from {out}; or encode with it: conan_jax.Encoder.load({str(out)!r})")
+
+
+def _ids(ids: tuple[int, ...]) -> str:
+    return " ".join(map(str, ids)) or "none"

@@ -1,4 +1,4 @@
-"""`conan verify`: an export held to its own manifest, to JAX, and to PyTorch."""
+"""`conan verify`: an export compared with its manifest, with JAX and with PyTorch; an import with the folder that it came from."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rich.table import Table
 
 
 def verify(
-    folder: Path = typer.Argument(..., help="A folder that `conan export` wrote."),
+    folder: Path = typer.Argument(..., help="A folder that `conan export` or `conan import` wrote."),
     texts: Path | None = typer.Option(None, "--texts", help="A UTF-8 file with a text on each line; default: texts in many scripts."),
-    jax_only: bool = typer.Option(False, "--jax-only", help="Files and check vectors alone: needs no PyTorch."),
+    jax_only: bool = typer.Option(False, "--jax-only", help="Files, check vectors and token ids alone: needs no PyTorch."),
+    original: Path | None = typer.Option(None, "--original", help="The folder that a run was imported from; default: where it was then."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object: ok, error, min_cosine, checks, layers, versions."),
 ) -> None:
-    """Check that an export is whole and that PyTorch computes from it what JAX does.
+    """Check that an export is whole and that PyTorch computes from it what JAX does, or that an imported run computes what its folder does.
 
     sha256 of every file, check vectors, token ids, vectors (batched and alone, padded left and right, with prompts, cut to fewer
     numbers) and every layer. Exit code 1 when a cosine is below 0.9999 in float32,
-    78 when a file is not as it was written. PyTorch comes with pip install 'conan_jax\\[torch]'.
+    78 when a file is not as it was written. A run of `conan import` is compared with the folder that it came from: token ids by the
+    tokenizers library, vectors by PyTorch. PyTorch comes with pip install torch 'transformers>=5.2' 'sentence-transformers>=5.2'.
 
     Examples:
 
@@ -29,6 +31,8 @@ def verify(
         conan verify exports/demo --texts questions.txt --json
 
         conan verify exports/demo --jax-only
+
+        conan verify runs/qwen3 --original models/Qwen3-Embedding-0.6B
     """
     from conan_jax.errors import ConanError
     from conan_jax.export.verify import Report
@@ -37,7 +41,7 @@ def verify(
     console = Console(stderr=as_json)
     try:
         with console.status("checking") as status:
-            report = compare(folder, None if texts is None else _lines(texts), jax_only=jax_only,
+            report = compare(folder, None if texts is None else _lines(texts), jax_only=jax_only, original=original,
                              progress=lambda what: status.update(f"{what} ..."))
     except ConanError as error:
         if as_json:  # a script that reads the object learns why, as people do from the line on standard error
@@ -73,8 +77,10 @@ def _print(console: Console, report) -> None:
             style = None if check.ok else "bold red"
             table.add_row(check.name, f"{check.vectors:,}", f"{check.min_cosine:.9f}", f"{check.max_abs_diff:.1e}", style=style)
         table.add_section()
-    console.print(table)
-    console.print(f"{report.files} files are as they were written", highlight=False)
+    if report.layers or report.checks:
+        console.print(table)
+    if report.files:
+        console.print(f"{report.files} files are as they were written", highlight=False)
     if report.token_rows:
         console.print(f"token ids: {report.token_rows_that_differ} of {report.token_rows} rows differ",
                       style="bold red" if report.token_rows_that_differ else None, highlight=False)
@@ -83,4 +89,5 @@ def _print(console: Console, report) -> None:
     console.print("  ".join(f"{name} {version}" for name, version in report.versions.items()), highlight=False)
     verified = "verified in JAX alone, PyTorch was not asked" if report.jax_only else "verified"
     verdict = f"[bold green]{verified}[/bold green]" if report.ok else "[bold red]not the same[/bold red]"
-    console.print(f"{verdict}: worst cosine {report.min_cosine:.9f}", highlight=False)
+    worst = f": worst cosine {report.min_cosine:.9f}" if report.layers or report.checks else ""
+    console.print(f"{verdict}{worst}", highlight=False)

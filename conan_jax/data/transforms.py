@@ -1,8 +1,9 @@
 """Records -> fixed-shape arrays: text batches, candidate pools, labels, text hashes.
 
 A text batch is `{"tokens": Int32[B L], "lengths": Int32[B], "prompt_lengths": Int32[B]}`, right-padded with the
-tokenizer's pad id. Every text ends in EOS, also when it was cut. The instruction is tokenised apart from the text, so
-`prompt_lengths` is exact: those tokens are attended to, not pooled (METHODS 1.7).
+tokenizer's pad id. Every text is in the tokenizer's frame, also when it was cut: `prefix_ids` before it, `suffix_ids` after it (of
+tokenizers trained here: EOS). The instruction is tokenised apart from the text, so `prompt_lengths` is exact: those tokens, and the
+prefix before them, are attended to, not pooled (METHODS 1.7).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def stable_seed(*parts: object) -> int:
 
 
 def encode_text(tokenizer: AnyTokenizer, text: str, length: int, instruction: str = "") -> tuple[Int32[np.ndarray, "L"], int, int]:
-    """One text as `(tokens[L], length, prompt_length)`: prompt, text, EOS; the text is cut where it does not fit."""
+    """One text as `(tokens[L], length, prompt_length)`: prompt and text in their frame; the text is cut where it does not fit."""
     batch = encode_texts(tokenizer, [text], length, [instruction])
     return batch["tokens"][0], int(batch["lengths"][0]), int(batch["prompt_lengths"][0])
 
@@ -53,8 +54,9 @@ def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str], length: int, ins
     Raises `DataError` when an instruction leaves no room for one token of text and EOS.
     """
     prompts = _prompts(tokenizer, instructions or ())
+    prefix, suffix = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
     for instruction, prompt in prompts.items():
-        if len(prompt) + 2 > length:
+        if len(prefix) + len(prompt) + len(suffix) + 1 > length:
             raise DataError(f"the instruction {instruction[:60]!r} takes {len(prompt)} tokens and leaves no room for a text in {length}: "
                             "shorten the instruction or raise the length of the bucket")
     encoded = encode_heads(tokenizer, texts, length)
@@ -63,21 +65,21 @@ def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str], length: int, ins
     prompt_lengths = np.zeros(len(texts), np.int32)
     for i, content in enumerate(encoded):
         prompt = prompts[instructions[i]] if instructions else []
-        row = prompt + content[: length - 1 - len(prompt)]
+        start = prefix + prompt
+        row = start + content[: max(length - len(start) - len(suffix), 0)] + suffix
         tokens[i, : len(row)] = row
-        tokens[i, len(row)] = tokenizer.eos_id
-        lengths[i] = len(row) + 1
-        prompt_lengths[i] = len(prompt)
+        lengths[i] = len(row)
+        prompt_lengths[i] = len(start) if prompt else 0
     return {"tokens": tokens, "lengths": lengths, "prompt_lengths": prompt_lengths}
 
 
 def count_tokens(
     tokenizer: AnyTokenizer, texts: Sequence[str], instructions: Sequence[str], num_threads: int = 1
 ) -> Int32[np.ndarray, "B"]:
-    """The row length each text would need uncut: prompt, text and EOS."""
-    prompts = _prompts(tokenizer, instructions)
+    """The row length each text would need uncut: prompt and text in the tokenizer's frame."""
+    prompts, frame = _prompts(tokenizer, instructions), len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
     encoded = tokenizer.encode_batch(texts, num_threads)
-    return np.array([len(ids) + len(prompts[i]) + 1 for ids, i in zip(encoded, instructions)], np.int32)
+    return np.array([len(ids) + len(prompts[i]) + frame for ids, i in zip(encoded, instructions)], np.int32)
 
 
 def record_texts(kind: str, record: Record) -> list[str]:

@@ -30,7 +30,7 @@ def make(params: Any, model: config.Model, source: Source) -> dict[str, Any]:
 
 def _vectors(params: Any, model: config.Model, source: Source) -> list[dict[str, Any]]:
     mask, prompts = Causal() if source.mask == "causal" else Bidirectional(), source.prompts
-    encoder = Encoder(params, replace(model, compute_dtype="float32"), source.tokenizer, mask)
+    encoder = Encoder(params, replace(model, compute_dtype="float32"), source.tokenizer, mask, texts=source.texts)
     chosen = [(text, "") for text in TEXTS] + ([(TEXTS[0], prompts[QUERY])] if prompts.get(QUERY) else [])
     return [{"text": text, "prompt": prompt, "vector": _numbers(encoder.encode(text, prompt=prompt))} for text, prompt in chosen]
 

@@ -60,7 +60,8 @@ def export(
         ours = _describe(source, form)
         write_json(folder / OURS, ours)
         write_json(folder / "config.json", form.hf_config)
-        write_tokenizer(folder, source.tokenizer, source.prompts.values(), form.model.max_length, source.causal)
+        as_it_came = source.causal or source.texts.prompt_joined
+        write_tokenizer(folder, source.tokenizer, source.prompts.values(), form.model.max_length, source.causal, as_it_came)
         if source.causal:
             write_json(folder / "generation_config.json", _generation_config(source))
         else:
@@ -79,7 +80,8 @@ def _describe(source: Source, form: Form) -> dict[str, Any]:
     return {
         "format": OURS_FORMAT, "conan_jax": __version__, "kind": "causal" if source.causal else "embedder",
         "architecture": form.architecture, "dtype": form.dtype, "mask": source.mask, "model": to_dict(form.model),
-        "identity": identity, "prompts": source.prompts, "max_length": default_max_length(form.model), "dims": truncations(source),
+        "identity": identity, "prompts": source.prompts, "texts": to_dict(source.texts),
+        "max_length": default_max_length(form.model, source.texts), "dims": truncations(source),
     }
 
 
@@ -101,18 +103,19 @@ def _write_modules(folder: Path, source: Source, model: config.Model) -> None:
     write_json(folder / "modules.json", [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": default_max_length(model), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {
+        "max_seq_length": default_max_length(model, source.texts), "do_lower_case": False})
     chosen = {"mean": "mean_tokens", "last": "lasttoken"}[model.pooling]
     legacy = {f"pooling_mode_{kind}": kind == chosen for kind in
               ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}
     write_json(folder / "1_Pooling" / "config.json", {
         "word_embedding_dimension": model.hidden_size, **legacy, "pooling_mode": {"mean": "mean", "last": "lasttoken"}[model.pooling],
-        "include_prompt": False})
+        "include_prompt": source.texts.include_prompt})
     (folder / "2_Normalize").mkdir()
     write_json(folder / "config_sentence_transformers.json", {
         "model_type": "SentenceTransformer",
         "__version__": {"sentence_transformers": SENTENCE_TRANSFORMERS, "transformers": TRANSFORMERS},
-        "prompts": source.prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
+        "prompts": source.prompts, "default_prompt_name": source.texts.default_prompt_name, "similarity_fn_name": "cosine"})
 
 
 def _refuse_taken(out: Path, force: bool) -> None:

@@ -14,6 +14,7 @@ from conan_jax.errors import CheckpointError, ConfigError
 from conan_jax.files import read_json
 from conan_jax.hf.importer import Origin, read_origin
 from conan_jax.hf.manifest import OURS
+from conan_jax.hf.text_settings import TextSettings
 from conan_jax.inference.load import load, settled
 from conan_jax.model import Causal, Embedder, SoftMask
 from conan_jax.model.pooling import POOLINGS
@@ -37,6 +38,7 @@ class Source:
     params: Any
     tokenizer: Any
     prompts: dict[str, str]
+    texts: TextSettings
     mask: str
     causal: bool
     origin: Origin | None
@@ -66,12 +68,12 @@ def open_source(folder: str | os.PathLike[str], stage: str | None = None, step: 
     stage_config, step = run.stage(metadata["stage"]), metadata["step"]
     mask = settled(make_stage(stage_config, Embedder(run.model)).mask(step))
     origin = read_origin(place.parent) if stage_config.kind == IMPORTED else None
-    causal = isinstance(mask, Causal) and (origin is None or origin.causal_form)
+    causal = isinstance(mask, Causal) and (origin is None or (origin.causal_form and not origin.embedder))
     if isinstance(mask, SoftMask):
         _refuse_unfinished_mask(mask, stage_config, step)
     if not causal:
         _refuse_pooling(run.model)
-    return Source(place.parent, run, stage_config, step, loaded.params, loaded.tokenizer, loaded.prompts,
+    return Source(place.parent, run, stage_config, step, loaded.params, loaded.tokenizer, loaded.prompts, loaded.texts,
                   "causal" if isinstance(mask, Causal) else "bidirectional", causal, origin)
 
 

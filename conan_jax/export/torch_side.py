@@ -34,7 +34,8 @@ def require() -> None:
         transformers_logging.set_verbosity_error()
         logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     except ImportError as error:
-        raise ConfigError(f"PyTorch is not here ({error}): pip install 'conan_jax[torch]', or check without it by --jax-only") from error
+        raise ConfigError(f"PyTorch or a library for it is not installed ({error}): pip install torch 'transformers>=5.2' "
+                          "'sentence-transformers>=5.2', or check without them by --jax-only") from error
 
 
 def versions() -> dict[str, str]:
@@ -71,9 +72,9 @@ class TorchEmbedder:
     def encode(
         self, texts: Sequence[str], *, prompt: str = "", batch_size: int = 16, side: Side = "right", dim: int | None = None
     ) -> Float32[np.ndarray, "N D"]:
-        """Unit vectors, of the first `dim` numbers where it is given."""
+        """Return unit vectors, of the first `dim` numbers where it is given. No default prompt of the folder is used."""
         self.model.tokenizer.padding_side = side
-        vectors = self.model.encode(list(texts), prompt=prompt or None, batch_size=batch_size, truncate_dim=dim, normalize_embeddings=True,
+        vectors = self.model.encode(list(texts), prompt=prompt, batch_size=batch_size, truncate_dim=dim, normalize_embeddings=True,
                                     show_progress_bar=False)
         return np.asarray(vectors, np.float32)
 
@@ -96,7 +97,7 @@ class TorchLanguageModel:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without EOS."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def logits(self, ids: Sequence[int]) -> Float32[np.ndarray, "L V"]:
         """Next-token scores at each token of one row."""

@@ -1,4 +1,5 @@
-"""`verify`: is an export what it says? Its files, its vectors in JAX, and the same in PyTorch, layer by layer.
+"""Check an export: its files, its vectors in JAX, and the same in PyTorch, layer by layer. Check an imported run against the folder
+that it came from.
 
 PyTorch and JAX add the same products in another order, so float32 results differ in about the 6th digit; 1 - cosine is of the
 order of the square of that. `FLOAT32_BAR` leaves three digits to spare, and a wrong name, transpose, mask or prompt is far below it.
@@ -18,19 +19,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jaxtyping import Float32
 
 from conan_jax import __version__, config
-from conan_jax.errors import DataError
+from conan_jax.data.json_tokenizer import CONFIG_FILE, JSON_FILE
+from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.export import torch_side
-from conan_jax.export.texts import TEXTS
 from conan_jax.files import read_json
 from conan_jax.hf import manifest
+from conan_jax.hf.importer import Origin, read_origin
 from conan_jax.hf.manifest import OURS
-from conan_jax.inference.encoder import Encoder
+from conan_jax.hf.sample_texts import TEXTS
+from conan_jax.hf.sentence_folder import SentenceFolder, read_sentence_folder
+from conan_jax.inference.encoder import Encoder, default_max_length
 from conan_jax.inference.load import Loaded, load
-from conan_jax.inference.tokens import prompt_tokens, token_rows
-from conan_jax.model import Causal, Embedder, Layout, Mask
+from conan_jax.inference.tokens import RowReader
+from conan_jax.model import Bidirectional, Causal, Embedder, Layout, Mask
+from conan_jax.versions import versions_of
 
 FLOAT32_BAR, BFLOAT16_BAR = 0.9999, 0.999
 LAYER_TEXTS, LAYER_TOKENS = 8, 64  # of the comparison by layer
@@ -88,19 +94,31 @@ class Report:
 
 
 def verify(
-    folder: str | Path, texts: Sequence[str] | None = None, *, jax_only: bool = False, progress: Callable[[str], None] = lambda what: None,
+    folder: str | Path, texts: Sequence[str] | None = None, *, jax_only: bool = False, original: str | Path | None = None,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> Report:
     """Compare an export with its manifest and its check vectors in JAX, then PyTorch with JAX on `texts` (default: 45 in 20 scripts).
 
-    `jax_only` leaves PyTorch out. `progress` is told what comes next.
+    A run of `conan import` is compared with the folder that it came from: token ids with those of the `tokenizers` library, then
+    vectors (of a language model, logits) with PyTorch on that folder.
+
+    Args:
+        jax_only: leave PyTorch out.
+        original: the folder that a run was imported from; default: where it was then.
+        progress: called with what comes next.
 
     Raises:
         DataError: a file is not as it was written, or the folder is no export.
+        CheckpointError: the folder of an import is not there any more.
         ConfigError: PyTorch is not installed.
     """
     folder = Path(folder)
     if not jax_only:
         torch_side.require()
+    if not (folder / OURS).is_file() and (origin := read_origin(folder)) is not None:
+        return _verify_import(folder, origin, original, list(TEXTS if texts is None else texts), jax_only, progress)
+    if original is not None:
+        raise ConfigError(f"--original names the folder of an import, and {folder} is no run of `conan import`; leave it out")
     progress("files")
     files = manifest.check(folder)
     described, loaded = read_json(folder / OURS, {}), load(folder)
@@ -119,6 +137,54 @@ def verify(
     return report
 
 
+def _verify_import(
+    run: Path, origin: Origin, original: str | Path | None, texts: list[str], jax_only: bool, progress: Callable[[str], None]
+) -> Report:
+    folder = Path(original or origin.folder)
+    if not (original or origin.folder) or not folder.is_dir():
+        raise CheckpointError(f"{run} was imported from {origin.folder or 'a folder that an older version did not write down'}; name the "
+                              "folder where it is now with --original")
+    loaded = load(run)
+    language_model = origin.causal_form and not origin.embedder
+    longest = default_max_length(loaded.model, loaded.texts)
+    described = {"dims": [loaded.model.hidden_size], "dtype": origin.dtype, "max_length": longest}
+    report = Report(str(run), "causal" if language_model else "embedder", origin.dtype, jax_only=jax_only,
+                    versions={"conan_jax": __version__, "jax": jax.__version__, **versions_of(["tokenizers"])})
+    progress("token ids")
+    sentences = read_sentence_folder(folder)
+    place = folder if sentences is None else sentences.transformer
+    prompts = loaded.prompts.values() if origin.embedder else ()
+    for prompt in dict.fromkeys(("", *prompts)):
+        if origin.embedder:
+            rows = RowReader(loaded.tokenizer, prompt, longest, replace(loaded.texts, include_prompt=True)).rows(texts)[0]
+        else:
+            rows = loaded.tokenizer.encode_batch(texts)
+        _count(rows, _original_ids(place, sentences, [prompt + text for text in texts], longest), report)
+    if not jax_only:
+        report.versions |= torch_side.versions()
+        if isinstance(loaded.mask, Bidirectional) and (problem := torch_side.ignores_flags()):
+            report.problems.append(problem)
+        with jax.default_matmul_precision("highest"):
+            side = (_LanguageModel if language_model else _Embedder)(loaded, described)
+            side.compare(place if sentences is None else folder, texts, report, progress, as_pooled=language_model or origin.embedder)
+    return report
+
+
+def _original_ids(folder: Path, sentences: SentenceFolder | None, texts: list[str], longest: int) -> list[list[int]]:
+    """Token ids by the `tokenizers` library alone: of a sentence-transformers folder, what it reads; else those without special ids."""
+    reader = tokenizers.Tokenizer.from_file(str(folder / JSON_FILE))
+    reader.no_padding()
+    reader.no_truncation()
+    reader.encode_special_tokens = True
+    if sentences is not None:
+        reader.enable_truncation(longest)
+        reader.encode_special_tokens = bool(read_json(folder / CONFIG_FILE, {}).get("split_special_tokens", False))
+        if sentences.lower_case:
+            given = [] if reader.normalizer is None else [reader.normalizer]
+            reader.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *given])
+    return [row.ids for row in reader.encode_batch(texts, add_special_tokens=sentences is not None)]
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -131,7 +197,7 @@ def _compare(name: str, ours: Float32[np.ndarray, "N D"], theirs: Float32[np.nda
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosines = np.minimum((ours * theirs).sum(1) / norms, 1.0)
+        cosines = np.where((norms == 0) & (ours == theirs).all(1), 1.0, np.minimum((ours * theirs).sum(1) / norms, 1.0))
     return Check(name, len(ours), float(cosines.min()), float(np.abs(ours - theirs).max()), bar)
 
 
@@ -146,9 +212,16 @@ class _Embedder:
         found = [self.encoder.encode(check["text"], prompt=check["prompt"], max_length=self.max_length) for check in _checks(recorded)]
         return _compare("check vectors, JAX", np.stack(found), np.array([check["vector"] for check in recorded["checks"]], np.float32))
 
-    def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
+    def compare(
+        self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None], as_pooled: bool = True,
+    ) -> None:
+        """Add checks to `report`. `as_pooled` False: token vectors alone, of a model that says nothing of pooling."""
         progress("loading in PyTorch")
         theirs = torch_side.TorchEmbedder(folder, "float32" if self.dtype != "float32" else None)
+        if not as_pooled:
+            progress("layers")
+            report.layers += _compare_layers(self.encoder.params, self.encoder.model, theirs, self._rows(texts, ""), self.encoder.mask)
+            return
         prompts = list(dict.fromkeys(prompt for prompt in self.encoder.prompts.values() if prompt))[:PROMPTS]
         progress("token ids")
         for prompt in ("", *prompts):
@@ -156,11 +229,11 @@ class _Embedder:
         progress("layers")
         report.layers += _compare_layers(self.encoder.params, self.encoder.model, theirs, self._rows(texts, ""), self.encoder.mask)
         progress("vectors")
-        ours = self._encode(texts)
+        ours, alone = self._encode(texts), [i for i, row in enumerate(self._rows(texts, "")) if row]  # PyTorch takes no empty row alone
         report.checks += [
             _compare("batch, padded right", ours, theirs.encode(texts)),
             _compare("batch, padded left", ours, theirs.encode(texts, side="left")),
-            _compare("one by one", ours, theirs.encode(texts, batch_size=1)),
+            _compare("one by one", ours[alone], theirs.encode([texts[i] for i in alone], batch_size=1)),
         ]
         for i, prompt in enumerate(prompts):
             progress(f"prompt {i + 1} of {len(prompts)}")
@@ -181,8 +254,8 @@ class _Embedder:
         return self.encoder.encode(texts, prompt=prompt, batch_size=16, max_length=self.max_length)
 
     def _rows(self, texts: list[str], prompt: str) -> list[list[int]]:
-        prefix = prompt_tokens(self.encoder.tokenizer, prompt, self.max_length)
-        return token_rows(self.encoder.tokenizer, texts, prefix, self.max_length)
+        settings = replace(self.encoder.texts, include_prompt=True)  # the ids are the same, and no row is left empty
+        return RowReader(self.encoder.tokenizer, prompt, self.max_length, settings).rows(texts)[0]
 
     def _compare_ids(self, theirs: torch_side.TorchEmbedder, texts: list[str], prompt: str, report: Report) -> None:
         _count(self._rows(texts, prompt), theirs.token_ids(texts, prompt), report)
@@ -203,7 +276,9 @@ class _LanguageModel:
         found = [_states(self.params, self.model, check["ids"], Causal())[-1] for check in _checks(recorded)]
         return _compare("check vectors, JAX", np.stack(found), np.array([check["hidden"] for check in recorded["checks"]], np.float32))
 
-    def compare(self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None]) -> None:
+    def compare(
+        self, folder: Path, texts: list[str], report: Report, progress: Callable[[str], None], as_pooled: bool = True,
+    ) -> None:
         progress("loading in PyTorch")
         theirs = torch_side.TorchLanguageModel(folder, "float32" if self.dtype != "float32" else None)
         rows = [list(ids) for ids in self.tokenizer.encode_batch(texts)]

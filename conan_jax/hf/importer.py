@@ -4,6 +4,8 @@
     RUN/imported/checkpoints/1      the weights, float32
     RUN/data/tokenizer/             the tokenizer
     RUN/import.json                 what the folder was: `Origin`
+
+What a sentence-transformers folder says beside its weights (`hf.sentence_folder`) is kept in the options of the stage: `texts`, `prompts`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from typing import Any
 
 from conan_jax import config
 from conan_jax.config_io import build, to_dict
-from conan_jax.data.json_tokenizer import JSON_FILE, JsonTokenizer
+from conan_jax.data.json_tokenizer import JSON_FILE, Frame, JsonTokenizer
 from conan_jax.data.tokenizer import MODEL_FILE, AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json, replacing_folder, write_json
 from conan_jax.hf.architectures import ARCHITECTURES, from_hf_config, is_causal, to_hf_config
+from conan_jax.hf.sample_texts import TEXTS
+from conan_jax.hf.sentence_folder import SentenceFolder, read_sentence_folder, refuse_adapter
 from conan_jax.hf.weights import DAMAGED, DTYPES, from_tensors, is_causal_form, read_tensors
 from conan_jax.stages.imported import KIND
 from conan_jax.train import checkpoint
@@ -35,7 +39,8 @@ class Origin:
     """What an imported folder was, so that it can be written again as it came.
 
     `causal_form`: with a head (`LlamaForCausalLM`), not the bare model; `dtype`: that of most tensors, `other_dtypes` the rest by
-    name; `config`: its config.json.
+    name; `config`: its config.json; `folder`: its path, "" where an older version wrote this; `embedder`: a sentence-transformers
+    folder.
     """
 
     architecture: str
@@ -43,6 +48,8 @@ class Origin:
     dtype: str
     other_dtypes: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+    embedder: bool = False
 
     def hf_config(self, model: config.Model) -> dict[str, Any]:
         """The config.json of `model` in this architecture, with what the imported one said of everything else."""
@@ -74,12 +81,15 @@ def import_folder(
         progress: called with bytes read and all bytes.
 
     Raises:
-        ConfigError: another architecture, a setting that cannot be computed here, or something stands at `out`.
+        ConfigError: another architecture, a setting that cannot be computed here, or something is at `out` already.
         CheckpointError: weights that are missing, pickled, damaged, or another model's.
-        DataError: there is no tokenizer, or it has more tokens than the model.
+        DataError: there is no tokenizer, it has more tokens than the model, or its token ids cannot be given here.
     """
-    folder, out = Path(folder), Path(out)
+    place, out = Path(folder), Path(out)
     refuse_taken(out)
+    sentences = read_sentence_folder(place)
+    folder = place if sentences is None else sentences.transformer
+    refuse_adapter(folder)
     described = _read_config(folder)
     model = from_hf_config(described, str(folder / "config.json"))
     tensors = read_tensors(folder)
@@ -87,17 +97,26 @@ def import_folder(
     counts = Counter(tensors.dtypes.values())
     dtype = counts.most_common(1)[0][0]
     others = {name: _DTYPE_NAMES[other] for name, other in tensors.dtypes.items() if other != dtype}
+    notes = [] if sentences is None else list(sentences.notes)
     headless = causal_form and not head and not model.tie_word_embeddings
+    if causal_form and not model.tie_word_embeddings and not headless and "lm_head.weight" not in tensors:
+        if sentences is None:
+            raise CheckpointError(f"{folder} lacks lm_head.weight, the head of a language model; import it without one by --no-head, or "
+                                  "set tie_word_embeddings to true in its config.json where the head is the table of the embeddings")
+        headless = True
+        notes.append("it has no lm_head.weight, so it is imported without a head, which an embedder does not need")
     if headless:  # written again, it is the bare model
         bare = ARCHITECTURES[described["model_type"]].class_name(causal=False)
-        tensors, described = tensors.without("lm_head.weight"), {**described, "architectures": [bare]}
-    origin = Origin(described["model_type"], causal_form and not headless, _DTYPE_NAMES[dtype], others, described)
-    pooling, notes = _pooling(folder)
-    model = replace(model, pooling=pooling, compute_dtype="float32" if dtype == DTYPES["float32"] else "bfloat16",
+        tensors = tensors.without("lm_head.weight")
+        described = {**described, "architectures": [bare]}
+    origin = Origin(described["model_type"], causal_form and not headless, _DTYPE_NAMES[dtype], others, described, str(place.absolute()),
+                    sentences is not None)
+    model = replace(model, pooling="mean" if sentences is None else sentences.pooling,
+                    compute_dtype="float32" if dtype == DTYPES["float32"] else "bfloat16",
                     tie_word_embeddings=model.tie_word_embeddings or not origin.causal_form)
     if model.max_length < described.get("max_position_embeddings", 0):
         notes.append(f"rows are cut to {model.max_length:,} tokens, its sliding window: up to there the window cuts nothing off")
-    tokenizer = _tokenizer(folder, model)
+    tokenizer = _in_frame(_tokenizer(folder, model, sentences is not None), folder, sentences, notes)
     total, done = sum(tensors.size(name) for name in tensors), 0
 
     def advance(size: int) -> None:
@@ -107,7 +126,10 @@ def import_folder(
             progress(done, total)
 
     params = from_tensors(tensors, model, str(folder), advance)
-    stage = config.CustomStage(name=STAGE, kind=KIND, steps=1, options={"mask": "causal" if is_causal(described) else "bidirectional"})
+    options: dict[str, Any] = {"mask": "causal" if is_causal(described) else "bidirectional"}
+    if sentences is not None:
+        options |= {"texts": asdict(sentences.texts), "prompts": sentences.prompts}
+    stage = config.CustomStage(name=STAGE, kind=KIND, steps=1, options=options)
     run = config.Run(stages=(stage,), datasets=(), model=model, **placed(out, tokenizer))
     write_run(out, run, stage, 1, params, tokenizer, {ORIGIN_FILE: asdict(origin)})
     return Imported(run, origin, tokenizer, tuple(notes))
@@ -158,33 +180,67 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _pooling(folder: Path) -> tuple[str, list[str]]:
-    """How a sentence-transformers folder pools; "mean" where nothing says it."""
-    said = read_json(folder / "1_Pooling" / "config.json", advice=DAMAGED)
-    if said is None:
-        return "mean", []
-    mode = said.get("pooling_mode")
-    if mode in ("mean", None) and said.get("pooling_mode_mean_tokens", mode == "mean"):
-        return "mean", []
-    if mode == "lasttoken" or said.get("pooling_mode_lasttoken"):
-        return "last", []
-    return "mean", ["its pooling is neither the mean nor the last token; the mean is taken"]
-
-
-def _tokenizer(folder: Path, model: config.Model) -> AnyTokenizer:
-    if not (folder / JSON_FILE).is_file() and not (folder / MODEL_FILE).is_file():
+def _tokenizer(folder: Path, model: config.Model, as_json: bool) -> AnyTokenizer:
+    """The tokenizer of a folder; by `as_json` its tokenizer.json, which other libraries read, also where a model of ours is beside it."""
+    if not (folder / JSON_FILE).is_file() and (as_json or not (folder / MODEL_FILE).is_file()):
         raise DataError(f"{folder} has no tokenizer.json. Load its tokenizer with AutoTokenizer of transformers and save it there with "
                         "save_pretrained, which writes one")
     try:
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = JsonTokenizer.load(folder) if as_json else Tokenizer.load(folder)
     except DataError:
-        if not (folder / JSON_FILE).is_file():
+        if as_json or not (folder / JSON_FILE).is_file():
             raise
         tokenizer = JsonTokenizer.load(folder)  # the tokenizer.model beside it is another SentencePiece model than ours
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, and vocab_size in its config.json is "
                         f"{model.vocab_size}")
     return tokenizer
+
+
+def _in_frame(tokenizer: AnyTokenizer, folder: Path, sentences: SentenceFolder | None, notes: list[str]) -> AnyTokenizer:
+    """The tokenizer with the frame of its own post-processor, and its token ids compared with those of the `tokenizers` library.
+
+    A plain model whose tokenizer ends no text gets its EOS there: training an embedder needs an end of text. Raises `DataError` when
+    ids differ.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        return tokenizer
+    try:
+        frame = tokenizer.own_frame()
+    except DataError as error:
+        raise DataError(f"{folder / JSON_FILE}: {error}") from None
+    reads_special = sentences is not None and not tokenizer.settings.get("split_special_tokens", False)
+    for name, there in (("add_bos_token", frame.prefix), ("add_eos_token", frame.suffix)):
+        said = tokenizer.settings.get(name)
+        if isinstance(said, bool) and said != bool(there):
+            notes.append(f"{name} in its tokenizer_config.json is {str(said).lower()}, and tokenizer.json says otherwise; the ids of "
+                         "tokenizer.json are taken, as transformers 5 does")
+    own = tokenizer.with_rules(frame, reads_special, sentences is not None and sentences.lower_case)
+    for text, ids in zip(TEXTS, own.full_ids(TEXTS), strict=True):
+        if [*frame.prefix, *own.encode(text), *frame.suffix] != ids:
+            raise DataError(f"{folder / JSON_FILE} gives the text {text[:40]!r} other token ids than can be given here; its post-processor "
+                            "does more than put the same ids before and after every text")
+    if sentences is not None:
+        if not sentences.texts.include_prompt:
+            _refuse_unknown_prompt_length(own, folder)
+        return own
+    if not frame.suffix:
+        notes.append(f"its tokenizer puts nothing after a text; texts end in {tokenizer.eos_id}, its end-of-text token, here")
+    return own if frame.suffix else own.with_rules(Frame(frame.prefix, (tokenizer.eos_id,)), reads_special)
+
+
+def _refuse_unknown_prompt_length(tokenizer: JsonTokenizer, folder: Path) -> None:
+    """Raise `ConfigError` unless sentence-transformers takes the last token after a prompt for a special one."""
+    settings = tokenizer.settings
+    names = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        names += settings.get(key) if isinstance(settings.get(key), list) else []
+    known = {name.get("content") if isinstance(name, Mapping) else name for name in names}
+    last = [token for i in tokenizer.suffix_ids[-1:] for token in [tokenizer.token(i)]]
+    if last and last[0] not in known:
+        raise ConfigError(f"include_prompt is false, and {last[0]!r}, which ends a text, is no special token of "
+                          f"{folder / 'tokenizer_config.json'}, so a prompt has no certain length; name it there in "
+                          "additional_special_tokens")
 
 
 def refuse_taken(out: Path) -> None:

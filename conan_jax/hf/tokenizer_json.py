@@ -19,7 +19,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from conan_jax.data.json_tokenizer import ends_in
+from conan_jax.data.json_tokenizer import framed_by
 from conan_jax.data.tokenizer import EOS, UNK, AnyTokenizer, Tokenizer
 from conan_jax.errors import DataError
 
@@ -51,7 +51,7 @@ def tokenizer_json(tokenizer: Tokenizer, prompts: Iterable[str] = (), add_eos: b
         "added_tokens": [],
         "normalizer": None,
         "pre_tokenizer": prompt_split(prompts),
-        "post_processor": ends_in(model.pieces[EOS].piece, EOS) if add_eos else None,
+        "post_processor": framed_by([], [(model.pieces[EOS].piece, EOS)]) if add_eos else None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": model.pieces[UNK].piece, "continuing_subword_prefix": None,
@@ -65,14 +65,17 @@ def tokenizer_config(tokenizer: AnyTokenizer, content: dict[str, Any], max_lengt
     """The content of `tokenizer_config.json`: the names of the special ids, and texts of at most `max_length` tokens.
 
     `content` is that of `tokenizer.json`. `split_special_tokens` makes "</s>" in a text four characters again, once transformers has
-    added the special tokens.
+    added the special tokens; the tokens of the frame are among those.
     """
     names = {i: token for token, i in content["model"]["vocab"].items()} | {t["id"]: t["content"] for t in content["added_tokens"]}
     ids = {"pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id, "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    named = {key: names[i] for key, i in ids.items() if i is not None}
+    framing = [names[i] for i in dict.fromkeys((*tokenizer.prefix_ids, *tokenizer.suffix_ids)) if names[i] not in named.values()]
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", **{key: names[i] for key, i in ids.items() if i is not None},
+        "tokenizer_class": "PreTrainedTokenizerFast", **named, **({"additional_special_tokens": framing} if framing else {}),
         "model_max_length": max_length, "padding_side": "right", "truncation_side": "right",
-        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
+        "split_special_tokens": not tokenizer.reads_special,
     }
 
 

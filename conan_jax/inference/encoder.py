@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Num
 from conan_jax import config
 from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.errors import ConfigError, DataError
+from conan_jax.hf.text_settings import TextSettings
 from conan_jax.inference import buckets
 from conan_jax.inference.forward import Forward
 from conan_jax.inference.identity import weights_sha256
@@ -25,7 +27,7 @@ from conan_jax.inference.outputs import check_output, converter
 from conan_jax.inference.precision import Precision, check_precision, is_whole, kept_dimensions, quantize
 from conan_jax.inference.progress import rate, text_bars
 from conan_jax.inference.prompts import DOCUMENT, QUERY
-from conan_jax.inference.tokens import counted_rows, prompt_tokens
+from conan_jax.inference.tokens import RowReader
 from conan_jax.model import Bidirectional, Mask
 
 DEFAULT_MAX_LENGTH = 512
@@ -51,6 +53,7 @@ class Encoder:
         mask: how tokens attend to each other; bidirectional unless the last stage trained says otherwise.
         identity: where the weights come from (run, stage, step).
         prompts: what stands before a text, by name: full strings. `encode_query` uses "query", `encode_document` "document".
+        texts: how texts are read; of an imported model, as its folder says.
         devices: where to encode; default: all devices of this process.
 
     Attributes:
@@ -59,11 +62,12 @@ class Encoder:
 
     def __init__(
         self, params: Any, model: config.Model, tokenizer: AnyTokenizer, mask: Mask = Bidirectional(),
-        identity: Mapping[str, Any] | None = None, prompts: Mapping[str, str] | None = None, *, devices: Sequence[jax.Device] | None = None,
+        identity: Mapping[str, Any] | None = None, prompts: Mapping[str, str] | None = None,
+        texts: TextSettings = TextSettings(), *, devices: Sequence[jax.Device] | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.vocab_size}")
-        self.params, self.model, self.tokenizer, self.mask = params, model, tokenizer, mask
+        self.params, self.model, self.tokenizer, self.mask, self.texts = params, model, tokenizer, mask, texts
         self.texts_cut = 0
         self._max_seq_length: int | None = None
         self._shapes: set[tuple[int, int]] = set()  # of batches met so far
@@ -92,7 +96,9 @@ class Encoder:
         Kept beside an index, so that a query is never encoded by another model than the documents were. The weights are read at the
         first call: a few seconds a gigabyte.
         """
-        return {"tokenizer_sha256": self.tokenizer.sha256, **self._names, "weights_sha256": weights_sha256(self.params, self.model)}
+        texts = {} if self.texts == TextSettings() else {"texts": asdict(self.texts)}
+        return {"tokenizer_sha256": self.tokenizer.sha256, **self._names, **texts,
+                "weights_sha256": weights_sha256(self.params, self.model)}
 
     @property
     def dimension(self) -> int:
@@ -135,7 +141,8 @@ class Encoder:
     ) -> Num[np.ndarray, "N D"]:
         """One vector a text, in the order of `inputs`; a single string gives [D], no text [0, D].
 
-        Before the text the model reads `prompt`, or `prompts[prompt_name]`; its tokens are attended to and not pooled (METHODS 1.7). An
+        Before the text the model reads `prompt`, or `prompts[prompt_name]`; its tokens are attended to and not pooled (METHODS 1.7),
+        unless the folder of an imported model says that they are. An
         empty text is its EOS token alone, white space and control characters are text, and a lone surrogate, which is none, is
         read as U+FFFD. Of a text far beyond `max_length` only the beginning is looked at.
 
@@ -148,7 +155,8 @@ class Encoder:
             precision: of the result (`inference.precision`).
             normalize_embeddings: bring truncated vectors back to length 1. Whole ones have it always, as in an export.
             truncate_dim: keep this many of the first dimensions (METHODS 1.6).
-            max_length: tokens, prompt and EOS included, at which a text is cut. Default: 512, or less where the model knows less.
+            max_length: tokens, prompt and EOS included, at which a text is cut. Default: 512, or less where the model knows less; of an
+                imported model, what its folder says.
             ranges: lowest and highest value of each kept dimension, for precision int8 and uint8; default: of these vectors.
             convert_to_tensor: return a torch tensor in place of an array.
             convert_to_numpy: when False, and `convert_to_tensor` as well, return a list of torch tensors, one a text.
@@ -179,11 +187,11 @@ class Encoder:
         longest = self.row_length(max_length)
         if not is_whole(batch_size) or batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number above 0, got {batch_size!r}")
-        prefix = prompt_tokens(self.tokenizer, self.prompt(prompt_name, prompt), longest)
+        reader = RowReader(self.tokenizer, self.prompt(prompt_name, prompt), longest, self.texts)
         vectors = np.empty((len(texts), kept), np.float32)
         with _progress(len(texts), show_progress_bar) as advance:
-            for start, rows in self._rounds(texts, prefix, longest):
-                for members, part in self._vectors(rows, len(prefix), batch_size, longest):
+            for start, rows in self._rounds(texts, reader):
+                for members, part in self._vectors(rows, reader.prompt_length, batch_size, longest):
                     vectors[start + members] = part[:, :kept]
                     advance(len(members))
         if kept < self.dimension and normalize_embeddings:
@@ -217,9 +225,10 @@ class Encoder:
         return np.sum(normalised(a) * normalised(b), axis=1)
 
     def prompt(self, name: str | None = None, prompt: str | None = None) -> str:
-        """The string that stands before a text: `prompt` where it is given, else the one called `name`, else nothing."""
+        """The string that stands before a text: `prompt` where it is given, else the one called `name`, else the model's default."""
         if not isinstance(prompt, str | None) or not isinstance(name, str | None):
             raise ConfigError(f"prompt and prompt_name must be strings, got {prompt if prompt is not None else name!r:.80}")
+        name = name if name is not None or prompt is not None else self.texts.default_prompt_name
         if prompt is not None or name is None:
             return prompt or ""
         if name not in self.prompts:
@@ -228,15 +237,15 @@ class Encoder:
 
     def row_length(self, max_length: int | None = None) -> int:
         """The tokens a text is cut to. Raises `ConfigError` for a `max_length` the model does not know."""
-        longest = (self._max_seq_length or default_max_length(self.model)) if max_length is None else max_length
+        longest = (self._max_seq_length or default_max_length(self.model, self.texts)) if max_length is None else max_length
         if not is_whole(longest) or not 2 <= longest <= self.model.max_length:
             raise ConfigError(f"max_length must be a whole number in [2, {self.model.max_length}], what the model knows; got {longest!r}")
         return longest
 
-    def _rounds(self, texts: list[str], prefix: list[int], longest: int) -> Iterator[tuple[int, list[list[int]]]]:
+    def _rounds(self, texts: list[str], reader: RowReader) -> Iterator[tuple[int, list[list[int]]]]:
         """(number of its first text, token rows) of each round; the next one is tokenised while the devices work on this one."""
         def tokenise(start: int) -> tuple[int, list[list[int]]]:
-            rows, cut = counted_rows(self.tokenizer, texts[start : start + TEXTS_PER_ROUND], prefix, longest)
+            rows, cut = reader.rows(texts[start : start + TEXTS_PER_ROUND])
             self.texts_cut += cut
             return start, rows
 
@@ -280,9 +289,9 @@ class Encoder:
                 yield _collected(*pending.popleft().result())
 
 
-def default_max_length(model: config.Model) -> int:
+def default_max_length(model: config.Model, texts: TextSettings = TextSettings()) -> int:
     """Tokens a text is cut to unless the user says otherwise."""
-    return min(DEFAULT_MAX_LENGTH, model.max_length)
+    return min(texts.max_seq_length or DEFAULT_MAX_LENGTH, model.max_length)
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, length: int, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

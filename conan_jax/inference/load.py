@@ -16,10 +16,12 @@ from conan_jax.data.tokenizer import AnyTokenizer, Tokenizer
 from conan_jax.errors import CheckpointError, ConfigError, DataError
 from conan_jax.files import read_json
 from conan_jax.hf.manifest import OURS, OURS_FORMAT, refuse_altered
+from conan_jax.hf.text_settings import TextSettings
 from conan_jax.hf.weights import DAMAGED, from_tensors, read_tensors
 from conan_jax.inference.prompts import prompts_of
 from conan_jax.model import Bidirectional, Causal, Embedder, Mask
 from conan_jax.stages import make_stage
+from conan_jax.stages.imported import KIND as IMPORTED
 from conan_jax.train import checkpoint, start_rule
 
 
@@ -32,6 +34,7 @@ class Loaded(NamedTuple):
     mask: Mask
     identity: dict[str, Any]
     prompts: dict[str, str]
+    texts: TextSettings = TextSettings()
 
 
 def load(folder: str | os.PathLike[str]) -> Loaded:
@@ -64,7 +67,9 @@ def _load_stage(folder: Path, step: int) -> Loaded:
     mask = settled(make_stage(stage, Embedder(run.model)).mask(stage.steps))
     tokenizer = find_tokenizer(run, folder, metadata["tokenizer_sha256"])
     identity = {"run": run.name, "stage": stage.name, "step": metadata["step"]}
-    return Loaded(checkpoint.restore_params(folder, step), run.model, tokenizer, mask, identity, prompts_of(run))
+    options = stage.options if stage.kind == IMPORTED else {}
+    texts, prompts = config_io.build(TextSettings, options.get("texts", {}), "texts"), options.get("prompts") or prompts_of(run)
+    return Loaded(checkpoint.restore_params(folder, step), run.model, tokenizer, mask, identity, prompts, texts)
 
 
 def settled(mask: Mask) -> Mask:
@@ -82,14 +87,15 @@ def _load_export(folder: Path) -> Loaded:
         model = config_io.build(config.Model, described["model"], "model")
         mask = {"causal": Causal(), "bidirectional": Bidirectional()}[described["mask"]]
         identity, prompts = dict(described["identity"]), dict(described["prompts"])
-    except (KeyError, TypeError, ValueError) as error:
+        texts = config_io.build(TextSettings, described.get("texts", {}), "texts")
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / OURS} is damaged ({type(error).__name__}: {error}); export the run again") from error
-    return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, Tokenizer.load(folder), mask, identity, prompts)
+    return Loaded(from_tensors(read_tensors(folder), model, str(folder)), model, Tokenizer.load(folder), mask, identity, prompts, texts)
 
 
 def _is_read(name: str) -> bool:
     """Whether this file of an export is read here; the others are for other readers."""
-    return name.endswith(".safetensors") or name in (OURS, "tokenizer.model", "tokenizer.json")
+    return name.endswith(".safetensors") or name in (OURS, "tokenizer.model", "tokenizer.json", "conan_tokenizer.json")
 
 
 def find_tokenizer(run: config.Run, stage_folder: Path, sha256: str) -> AnyTokenizer:

@@ -25,7 +25,7 @@ from conan_jax.config import RopeScaling  # noqa: E402
 from conan_jax.data.tokenizer import Tokenizer  # noqa: E402
 from conan_jax.export import torch_side  # noqa: E402
 from conan_jax.export.folder import export  # noqa: E402
-from conan_jax.export.texts import PLAIN, TEXTS  # noqa: E402
+from conan_jax.hf.sample_texts import PLAIN, TEXTS  # noqa: E402
 from conan_jax.export.verify import verify  # noqa: E402
 from conan_jax.hf import manifest  # noqa: E402
 from conan_jax.hf.importer import import_folder  # noqa: E402

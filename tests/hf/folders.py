@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 V, D, F, H, K, LAYERS = 400, 16, 24, 4, 2, 2
 COMMON = {
@@ -62,6 +62,28 @@ def tokenizer(size=300):
 
 
 TOKENIZER = tokenizer().to_str()
+
+
+def framed(single, special=("<pad>", "</s>")):
+    """The tokenizer.json whose post-processor makes `single`, such as "<pad> $A </s>"."""
+    made = tokenizers.Tokenizer.from_str(TOKENIZER)
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(t, made.token_to_id(t)) for t in special])
+    return made.to_str()
+
+
+def sentence_files(folder, pooling=None, modules=("Transformer", "Pooling", "Normalize"), transformer=None, config=None):
+    """What sentence-transformers adds to a folder: `pooling`, `transformer` and `config` are the contents of its three files."""
+    paths = ["" if kind == "Transformer" else f"{i}_{kind}" for i, kind in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(modules, paths))]))
+    for path in filter(None, paths):
+        (folder / path).mkdir(exist_ok=True)
+    if "Pooling" in modules:
+        (folder / paths[modules.index("Pooling")] / "config.json").write_text(json.dumps({"word_embedding_dimension": D, **(pooling or {})}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps(transformer or {}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config or {}))
+    return folder
 
 
 def write(folder, family="llama", dtype="float32", causal=True, shards=1, seed=0, **changes):

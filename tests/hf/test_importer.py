@@ -43,7 +43,7 @@ def test_what_was_imported_is_written_again_bit_for_bit(tmp_path, family, dtype,
     source = json.loads((folder / "config.json").read_text())
     written = origin.hf_config(made.run.model)
     assert {key: written[key] for key in source} == source and written.keys() - source.keys() <= FREE
-    assert made.run.model.max_length == changes.get("sliding_window", 64) and bool(made.notes) == ("sliding_window" in changes)
+    assert made.run.model.max_length == changes.get("sliding_window", 64) and len(made.notes) == 1 + ("sliding_window" in changes)
 
 
 def test_a_run_like_any_other(tmp_path):
@@ -61,11 +61,10 @@ def test_a_run_like_any_other(tmp_path):
 
 def test_the_mask_and_the_pooling_are_read(tmp_path):
     folder, _ = folders.write(tmp_path / "a", causal=False, is_causal=False)
-    (folder / "1_Pooling").mkdir()
     for mode, expected, notes in (({"pooling_mode": "lasttoken"}, "last", 0), ({"pooling_mode_mean_tokens": True}, "mean", 0),
                                   ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last", 0),
-                                  ({"pooling_mode": "cls"}, "mean", 1)):
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(mode))
+                                  ({"pooling_mode": "mean_sqrt_len_tokens"}, "mean", 1)):
+        folders.sentence_files(folder, pooling=mode)
         made = import_folder(folder, tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
         assert made.run.model.pooling == expected and len(made.notes) == notes
     encoder = Encoder.load(made.run.output_dir)
@@ -198,6 +197,6 @@ def test_the_command_says_what_it_made(tmp_path):
     result = CliRunner().invoke(app, ["import", "hf", str(folder), "--out", str(tmp_path / "run"), "--json"])
     said = json.loads(result.stdout)
     assert (said["architecture"], said["mask"], said["max_length"], said["tokenizer"]["eos_id"]) == ("mistral", "causal", 32, 1)
-    assert "sliding window" in said["notes"][0]
+    assert "sliding window" in said["notes"][0] and said["tokenizer"]["suffix_ids"] == [1]
     result = CliRunner().invoke(app, ["import", "hf", str(folder), "--out", str(tmp_path / "other")])
     assert "--init-from" in result.output and "mistral" in result.output
