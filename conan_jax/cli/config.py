@@ -6,9 +6,9 @@ import json
 
 import typer
 
-app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(help="Show configurations.", no_args_is_help=True, rich_markup_mode="rich")
 
-ConfigArgument = typer.Argument(help="A configuration file, or FILE:tiny for its laptop variant.", metavar="CONFIG")
+ConfigArgument = typer.Argument(help="A configuration file, or FILE:tiny for its small variant.", metavar="CONFIG")
 SetOption = typer.Option([], "--set", metavar="KEY=VALUE", help="Override one value; may be given many times.")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conan_jax.config import Dataset
     from conan_jax.data.manifest import Manifest
 
-app = typer.Typer(help="Build verified ArrayRecord datasets from raw files or TFDS, and look into them.", no_args_is_help=True,
+app = typer.Typer(help="Build ArrayRecord datasets with checksums from raw files or TFDS, and show their contents.", no_args_is_help=True,
                   rich_markup_mode="rich")
 
 _PRESETS = "configs/tfds_presets.yaml"
@@ -50,9 +50,9 @@ def build(
     sources: Annotated[Optional[list[str]], typer.Argument(
         metavar="SOURCE...", help=r"Files, globs, directories, or tfds:NAME\[/CONFIG]:SPLIT; $NAME is expanded.")] = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the dataset; its last part is the dataset's name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the dataset. Its last component is the name of the dataset.")],
     kind: Annotated[Optional[str], typer.Option(
-        help="What one record is: text, sft, pair, retrieval, sts or labelled.")] = None,
+        help="Kind of record: text, sft, pair, retrieval, sts or labelled.")] = None,
     field: Annotated[Optional[list[str]], typer.Option(
         metavar="OURS=COLUMN", help="Read our field from this column or dotted path. Repeatable.")] = None,
     preset: Annotated[Optional[str], typer.Option(
@@ -62,16 +62,16 @@ def build(
     max_reject_rate: Annotated[Optional[float], typer.Option(
         help="Fail when more than this share of the records is bad.  [dim]default: 0.01[/dim]")] = None,
     clean: Annotated[Optional[str], typer.Option(
-        metavar="html", help="Take HTML entities and tags out of every text.")] = None,
+        metavar="html", help="Remove HTML tags from every text and decode HTML entities.")] = None,
     limit: Annotated[Optional[int], typer.Option(help="Stop after this many good records.")] = None,
     num_shards: Annotated[Optional[int], typer.Option(
         min=1, help="Number of files.  [dim]default: one for every 256 MiB[/dim]")] = None,
     tfds_data_dir: Annotated[Optional[Path], typer.Option(
-        help="Where TFDS keeps its datasets.  [dim]default: $TFDS_DATA_DIR[/dim]")] = None,
+        help="Folder of the TFDS datasets.  [dim]default: $TFDS_DATA_DIR[/dim]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON and nothing else.")] = False,
 ) -> None:
-    """Turn raw records into an ArrayRecord dataset with a manifest. Bad records are counted and kept in rejects.jsonl."""
+    """Convert raw records to an ArrayRecord dataset with a manifest. Rejected records are counted and written to rejects.jsonl."""
     dataset = _dataset(sources or [], out, kind, field or [], preset, presets, max_reject_rate, limit, clean)
     from conan_jax.data.convert import build_dataset
 
@@ -96,7 +96,7 @@ def inspect(
         "--verify", help="Compare the sha256 of every shard with the manifest, not only counts and sizes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and the first records as JSON.")] = False,
 ) -> None:
-    """Show what a built dataset holds, and its first records."""
+    """Show the contents and the first records of a built dataset."""
     from conan_jax.data.sources import open_source
 
     source = open_source(folder, hashes=verify)

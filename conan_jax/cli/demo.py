@@ -87,5 +87,5 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
         console.print(answers_table(question, answers[question], "summary"))
     console.print(results_table(summary))
     elsewhere = "" if recipe.folder == Path("runs/demo") else f" --run {recipe.folder}"
-    console.print(f"report  {report_file}\nexport  {exported} (hold it to PyTorch: {shown_command()} verify {exported})\n"
+    console.print(f"report  {report_file}\nexport  {exported} (compare it with PyTorch: {shown_command()} verify {exported})\n"
                   f"search  {shown_command()} search \"how do I ...\"{elsewhere}", highlight=False, soft_wrap=True)

@@ -22,8 +22,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
  conan encode docs.jsonl docs.npy --model runs/small --precision ubinary --json
 
-A run that is stopped goes on with the same command, and writes the same bytes. An OUT that is there is never replaced without --force.
-Search what was made with [bold]conan search --corpus[/bold].
+The same command continues after an interruption and writes the same bytes. An existing OUT is replaced only with --force.
+Search the result with [bold]conan search --corpus[/bold].
 """
 
 
@@ -32,23 +32,25 @@ def encode(
                                                              "a glob or a directory of them.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.npy, or OUT.parquet with the columns id and embedding.")],
     model: Annotated[Path, typer.Option("--model", help="Folder of a run, a stage, or an export.")],
-    text_field: Annotated[str, typer.Option("--field", help="The field that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option("--field", help="Name of the text field.")] = "text",
     id_field: Annotated[Optional[str], typer.Option(
-        "--id-field", help="The field that holds the id.  [dim]default: number the texts[/dim]")] = None,
+        "--id-field", help="Name of the id field.  [dim]default: number the texts[/dim]")] = None,
     prompt_name: Annotated[Optional[str], typer.Option(
-        "--prompt-name", help="Which of the model's prompts stands before each text.  [dim]default: document[/dim]")] = None,
-    prompt: Annotated[Optional[str], typer.Option("--prompt", help="The string before each text.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Most texts a device encodes at once.")] = 256,
+        "--prompt-name", help="Name of the model's prompt for the texts.  [dim]default: document[/dim]")] = None,
+    prompt: Annotated[Optional[str], typer.Option("--prompt", help="Prompt text to put before each text.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Maximum number of texts that a device encodes at once.")] = 256,
     precision: Annotated[str, typer.Option(
-        "--precision", help="float32, int8, uint8, binary or ubinary. int8 and uint8 take each dimension's range from the texts of this call "
+        "--precision",
+        help="float32, int8, uint8, binary or ubinary. int8 and uint8 take each dimension's range from the texts of this call "
                             "unless --ranges is given; shards need --ranges, the same for all.")] = "float32",
     ranges: Annotated[Optional[Path], typer.Option(
         "--ranges", metavar="SAMPLE.npy", help="float32 vectors whose lowest and highest values int8 and uint8 use.")] = None,
     truncate_dim: Annotated[Optional[int], typer.Option(
-        "--truncate-dim", help="Keep so many of the first dimensions, at length 1.")] = None,
-    max_length: Annotated[Optional[int], typer.Option("--max-length", help="Tokens a text is cut to.  [dim]default: 512[/dim]")] = None,
-    shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help="Encode piece I of N, 1 <= I <= N.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an OUT that is there, or was begun with other settings.")] = False,
+        "--truncate-dim", help="Keep only this many dimensions, and normalise again.")] = None,
+    max_length: Annotated[Optional[int], typer.Option("--max-length",
+        help="Maximum number of tokens; longer texts are cut.  [dim]default: 512[/dim]")] = None,
+    shard: Annotated[Optional[str], typer.Option("--shard", metavar="I/N", help="Encode part I of N, 1 <= I <= N.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT, or one that was started with other settings.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the description of the result as JSON.")] = False,
 ) -> None:
     """Encode a corpus in bounded memory, on all local devices."""

@@ -1,4 +1,4 @@
-"""`conan eval`: figures of a trained model on a folder of evaluation sets."""
+"""`conan eval`: metrics of a trained model on a folder of evaluation sets."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from conan_jax.files import write_json
 
 def evaluate(
     model: Path = typer.Argument(..., help="The folder of a run, of one of its stages, or of an export."),
-    suite: Path = typer.Option(None, "--suite", help="A folder of sets: listed in its suite.yaml, or found by their layouts."),
-    mteb: str = typer.Option("", "--mteb", help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax\\[mteb]."),
+    suite: Path = typer.Option(None, "--suite", help="Folder of sets: listed in its suite.yaml, or found by their file layout."),
+    mteb: str = typer.Option("", "--mteb",
+        help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax\\[mteb]."),
     only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
     out: Path = typer.Option(None, "--out",
-                             help="Where results.json goes; by default eval/SUITE in a run, EXPORT.eval/SUITE beside an export."),
+                             help="Folder of results.json. Default: RUN/eval/SUITE for a run, EXPORT.eval/SUITE for an export."),
     max_queries: int = typer.Option(None, "--max-queries", min=1,
-                                    help="At most so many queries of a set; elsewhere pairs or test texts of each language."),
-    languages: str = typer.Option("", "--languages", help="These languages alone where records carry `lang`, separated by commas."),
-    fresh: bool = typer.Option(False, "--fresh", help="Compute again what results.json already holds."),
+                                    help="Maximum number of queries of a set, or of pairs or test texts of each language."),
+    languages: str = typer.Option("", "--languages", help="Score only these values of the field `lang`, separated by commas."),
+    fresh: bool = typer.Option(False, "--fresh", help="Compute all sets again, also those in results.json."),
     as_json: bool = typer.Option(False, "--json", help="Print results.json at the end, and progress on standard error."),
 ) -> None:
-    """Score a model on retrieval (BEIR), MKQA, STS, bitext mining, classification and clustering sets that lie in a folder.
+    """Score a model on retrieval (BEIR), MKQA, STS, bitext mining, classification and clustering sets in a folder.
 
-    Retrieval figures are those of ir_measures, the others as MTEB defines them. Sets without a suite.yaml are read with the
-    model's own prompts where it has one of their name. The same command goes on after an interruption: a finished set is not
+    Retrieval metrics are those of ir_measures, the others are defined as in MTEB. Sets without a suite.yaml are read with the
+    model's prompt of the same name, if there is one. The same command continues after an interruption: a finished set is not
     computed again, unless the model, the set or its settings have changed. Writes results.json, diagnostics.json, report.html.
-    Tables, page and `counts` in the JSON say what each figure stands on, and which ones --max-queries has capped.
+    Tables, page and `counts` in the JSON give the number of texts of each score and show where --max-queries has limited it.
     Exit codes: 0 done, 42 stopped and resumable, 78 wrong suite, set or model.
 
     Examples:

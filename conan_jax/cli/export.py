@@ -12,17 +12,17 @@ from rich.console import Console
 def export(
     run: Path = typer.Argument(..., help="The folder of a run, or of one of its stages."),
     out: Path = typer.Argument(..., help="The folder to write; it appears whole or not at all."),
-    stage: str | None = typer.Option(None, "--stage", help="Which stage; default: the last that was trained."),
-    step: int | None = typer.Option(None, "--step", min=1, help="Which of its checkpoints; default: the newest."),
-    dtype: str | None = typer.Option(None, "--dtype", help="float32 or bfloat16, of the weights in the file; default: as an imported model "
-                                     "had them, else float32."),
-    force: bool = typer.Option(False, "--force", help="Replace an export that is there."),
-    as_json: bool = typer.Option(False, "--json", help="Print what conan.json says."),
+    stage: str | None = typer.Option(None, "--stage", help="Stage to export. Default: the last trained stage."),
+    step: int | None = typer.Option(None, "--step", min=1, help="Step of the checkpoint. Default: the newest."),
+    dtype: str | None = typer.Option(None, "--dtype", help="dtype of the weights in the file: float32 or bfloat16. Default: that of "
+                                     "the imported model, otherwise float32."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing export."),
+    as_json: bool = typer.Option(False, "--json", help="Print the contents of conan.json."),
 ) -> None:
     """Write a trained model as a folder that sentence-transformers and transformers load, without remote code.
 
-    A stage of pretraining or fine-tuning becomes a causal language model, every other one a text embedder. An imported model that was not
-    trained further comes out as it came in. Nothing here needs torch.
+    The stages pretrain and sft become a causal language model, all other stages a text embedder. An imported model that was not
+    trained further is exported unchanged. torch is not needed.
 
     Examples:
 

@@ -14,19 +14,19 @@ app = typer.Typer(help="Make a run of a model that was trained elsewhere.", no_a
 
 @app.callback()
 def _group() -> None:
-    """Make a run of a model that was trained elsewhere."""
+    """Make a run from a model that was trained elsewhere."""
 
 
 @app.command("hf")
 def hf(
     folder: Annotated[Path, typer.Argument(help="config.json, safetensors and tokenizer.json of a Llama, Mistral, Qwen2 or Qwen3.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears whole or not at all.")],
-    head: Annotated[bool, typer.Option("--head/--no-head", help="Keep a head with a table of its own: for language modelling.")] = True,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears only when complete.")],
+    head: Annotated[bool, typer.Option("--head/--no-head", help="Keep an untied output head, which language modelling needs.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Import a Hugging Face folder that is on this machine: Llama, Mistral, Qwen2 or Qwen3, as safetensors.
+    """Import a local Hugging Face folder: Llama, Mistral, Qwen2 or Qwen3, as safetensors.
 
-    Pickled weights (.bin, .pt) are refused: to read a pickle is to run what is in it. No code of the folder is run either.
+    Pickled weights (.bin, .pt) are refused: reading a pickle can run code. Code in the folder is never run.
 
     Examples:
 

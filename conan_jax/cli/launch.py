@@ -20,35 +20,40 @@ FolderArgument = typer.Argument(help="A rendered folder.", metavar="DIR")
 def render(
     config: str = ConfigArgument,
     target: str = typer.Option(..., "--target", help="gke-jobset, slurm, tpu-vm (queued resources: legacy) or local."),
-    accelerator: str = typer.Option(..., "--accelerator", help="By quota name or topology: v6e-256, v5e:16x16, h100-64, cpu-8."),
+    accelerator: str = typer.Option(..., "--accelerator", help="Quota name or topology: v6e-256, v5e:16x16, h100-64, cpu-8."),
     out: Path = typer.Option(..., "--out", help="The folder to write."),
-    slices: int = typer.Option(1, "--slices", help="TPU slices, joined over the data-centre network."),
-    chips_per_host: int = typer.Option(None, "--chips-per-host", help="Where there is a choice: v5e-8 and v6e-8 (8 or 4), CPU devices."),
+    slices: int = typer.Option(1, "--slices", help="Number of TPU slices, connected by the data-centre network."),
+    chips_per_host: int = typer.Option(None, "--chips-per-host",
+        help="Chips of one host, for v5e-8 and v6e-8 (8 or 4) and for CPU devices."),
     overrides: list[str] = SetOption,
     stage: str = typer.Option(None, "--stage", help="Train this stage only."),
     name: str = typer.Option(None, "--name", help="Name of the job [default: that of the recipe]."),
-    python: str = typer.Option("python", "--python", help="The interpreter, as the job finds it."),
-    working_dir: str = typer.Option(None, "--working-dir", help="Where CONFIG is found: in the image, or on the machines."),
+    python: str = typer.Option("python", "--python", help="Path of the Python interpreter in the job."),
+    working_dir: str = typer.Option(None, "--working-dir", help="Folder that contains CONFIG, in the image or on the machines."),
     image: str = typer.Option(None, "--image", help="Container image (gke-jobset)."),
     namespace: str = typer.Option(None, "--namespace", help="Namespace (gke-jobset)."),
     output_claim: str = typer.Option(None, "--output-claim", help="PersistentVolumeClaim, ReadWriteMany, for the run (gke-jobset)."),
-    output_mount: str = typer.Option("/output", "--output-mount", help="Where pods find it (gke-jobset)."),
+    output_mount: str = typer.Option("/output", "--output-mount", help="Mount path of the claim in the pods (gke-jobset)."),
     queue: str = typer.Option(None, "--queue", help="Kueue's LocalQueue (gke-jobset), or partition (slurm)."),
     account: str = typer.Option(None, "--account", help="Account to charge (slurm)."),
-    service_account: str = typer.Option(None, "--service-account", help="Of Kubernetes (gke-jobset) or Google Cloud (tpu-vm)."),
-    sbatch: list[str] = typer.Option([], "--sbatch", metavar="OPTION=VALUE", help="For sbatch, as cpus-per-task=12 or qos=high (slurm)."),
+    service_account: str = typer.Option(None, "--service-account",
+        help="Service account of Kubernetes (gke-jobset) or Google Cloud (tpu-vm)."),
+    sbatch: list[str] = typer.Option([], "--sbatch", metavar="OPTION=VALUE",
+        help="Option of sbatch, for example cpus-per-task=12 or qos=high (slurm)."),
     node_selector: list[str] = typer.Option([], "--node-selector", metavar="LABEL=VALUE",
-                                            help="Nodes to ask for, as cloud.google.com/gke-spot=true (gke-jobset)."),
+                                            help="Label of the nodes, for example cloud.google.com/gke-spot=true (gke-jobset)."),
     tolerations: list[str] = typer.Option([], "--toleration", metavar="TAINT[=VALUE]", help="Taints of nodes to accept (gke-jobset)."),
-    cpu: str = typer.Option(None, "--cpu", help="CPUs a pod asks for, as 96 (gke-jobset)."),
-    memory: str = typer.Option(None, "--memory", help="Memory a pod asks for, as 160Gi (gke-jobset)."),
+    cpu: str = typer.Option(None, "--cpu", help="CPUs of a pod, for example 96 (gke-jobset)."),
+    memory: str = typer.Option(None, "--memory", help="Memory of a pod, for example 160Gi (gke-jobset)."),
     project: str = typer.Option(None, "--project", help="Google Cloud project (tpu-vm)."),
     zone: str = typer.Option(None, "--zone", help="Google Cloud zone (tpu-vm)."),
-    environment: list[str] = typer.Option([], "--env", metavar="NAME", help="A variable the job needs; its value is not written down."),
+    environment: list[str] = typer.Option([], "--env", metavar="NAME",
+        help="Environment variable of the job; its value is not written into the manifest."),
     secret: str = typer.Option(None, "--secret", help="Secret with the values of --env (gke-jobset)."),
     time_limit: int = typer.Option(None, "--time-limit", help="Minutes that one attempt may take (gke-jobset, slurm)."),
-    grace: int = typer.Option(300, "--grace", help="Seconds between SIGTERM and the end (gke-jobset, slurm)."),
-    max_restarts: int = typer.Option(20, "--max-restarts", help="Restarts after any exit code but 0 and 78 (all but local)."),
+    grace: int = typer.Option(300, "--grace", help="Seconds between SIGTERM and the kill (gke-jobset, slurm)."),
+    max_restarts: int = typer.Option(20, "--max-restarts",
+        help="Maximum number of restarts after exit codes other than 0 and 78 (not for local)."),
 ) -> None:
     """Write the manifest of a job, and launch.json, which `check` and `submit` read.
 
@@ -85,7 +90,7 @@ def check(
     folder: Path = FolderArgument,
     as_json: bool = typer.Option(False, "--json", help='{"ok": ..., "findings": [{"rule", "message", "serious"}]}'),
 ) -> None:
-    """Hold a rendered folder against schemas and against its recipe, offline. Exit code 78 when something is wrong.
+    """Check a rendered folder offline against schemas and its recipe. Exit code 78 when a check fails.
 
     Rules: recipe, schema, kubernetes, shell, names, devices, mesh, batch, memory, grace, restarts, signal, privileges, output.
 
@@ -119,7 +124,7 @@ def submit(
     folder: Path = FolderArgument,
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the command and run nothing."),
 ) -> None:
-    """Print and run the one command that submits a rendered folder, after its check.
+    """Check a rendered folder, then print and run the command that submits it.
 
     Examples:
 

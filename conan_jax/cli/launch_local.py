@@ -11,15 +11,15 @@ from conan_jax.cli.config import ConfigArgument, SetOption
 
 def local(
     config: str = ConfigArgument,
-    processes: int = typer.Option(2, "--processes", min=1, help="How many processes."),
-    devices: int = typer.Option(1, "--devices-per-process", min=1, help="CPU devices of each."),
+    processes: int = typer.Option(2, "--processes", min=1, help="Number of processes."),
+    devices: int = typer.Option(1, "--devices-per-process", min=1, help="CPU devices of each process."),
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
-    fresh: bool = typer.Option(False, "--fresh", help="Train anew, as `conan train --fresh` does."),
-    fallback: bool = typer.Option(False, "--fallback", help="Set a damaged checkpoint aside, as `conan train --fallback` does."),
-    grace_seconds: float = typer.Option(60.0, "--grace-seconds", min=0.0, help="Time the others have to end when one fails."),
+    fresh: bool = typer.Option(False, "--fresh", help="Train again, as `conan train --fresh`."),
+    fallback: bool = typer.Option(False, "--fallback", help="Rename a damaged checkpoint, as `conan train --fallback`."),
+    grace_seconds: float = typer.Option(60.0, "--grace-seconds", min=0.0, help="Time for the other processes to exit when one fails."),
 ) -> None:
-    """Train a recipe in several processes here, on CPU devices: the same program, collectives and checkpoints as on a pod.
+    """Train a recipe in several processes on this machine, on CPU devices: the same program, collectives and checkpoints as on a pod.
 
     Each line begins with the process it came from. SIGTERM and Ctrl-C stop all of them at the same step, and the same command,
     or one with another number of processes, goes on. Exit codes: 0 done, 42 stopped and resumable, 78 wrong configuration or data.

@@ -13,10 +13,12 @@ from rich.console import Console
 
 def merge(
     places: Annotated[list[str], typer.Argument(metavar="RUN...", help="RUN, RUN/STAGE or RUN/STAGE@STEP, two or more.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears whole or not at all.")],
-    weights: Annotated[Optional[str], typer.Option("--weights", metavar="W,W,...", help="One each, of sum 1; default: equal.")] = None,
-    method: Annotated[str, typer.Option("--method", help="linear, or slerp of two: along the arc, for each tensor.")] = "linear",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object; its sources by folder, step and weight.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run folder to write; it appears only when complete.")],
+    weights: Annotated[Optional[str], typer.Option("--weights", metavar="W,W,...",
+        help="One weight for each source, sum 1. Default: equal.")] = None,
+    method: Annotated[str, typer.Option("--method",
+        help="linear, or slerp (spherical interpolation of each tensor of two sources).")] = "linear",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the folder, step and weight of each source.")] = False,
 ) -> None:
     """Average the weights of checkpoints of one model: of several runs, or several steps of one stage.
 

@@ -25,19 +25,21 @@ GIB = 2**30
 
 def preflight(
     config: str = ConfigArgument,
-    topology: str = typer.Option(..., "--topology", "-t", metavar="NAME", help="What to compile for: v5e:16x16, v5p-256, cpu:256."),
+    topology: str = typer.Option(..., "--topology", "-t", metavar="NAME", help="Hardware to compile for: v5e:16x16, v5p-256, cpu:256."),
     stage: str = typer.Option(None, "--stage", help="This stage only."),
     overrides: list[str] = SetOption,
-    slices: int = typer.Option(1, "--slices", min=1, help="So many of the topology, joined by their hosts' network."),
-    hbm_gib: float = typer.Option(None, "--hbm-gib", min=0.0, help="Memory of one device, GiB, instead of its chip's."),
-    thorough: bool = typer.Option(False, "--thorough", help="Compile large steps with as much effort as training will: twice the time."),
-    no_fix: bool = typer.Option(False, "--no-fix", help="When a step does not fit, name what would help and compile nothing more."),
+    slices: int = typer.Option(1, "--slices", min=1, help="Number of slices of this topology, connected by the network of their hosts."),
+    hbm_gib: float = typer.Option(None, "--hbm-gib", min=0.0, help="Memory of one device in GiB, instead of that of its chip."),
+    thorough: bool = typer.Option(False, "--thorough",
+        help="Compile large steps with the optimisation effort of training; takes twice the time."),
+    no_fix: bool = typer.Option(False, "--no-fix",
+        help="When a step does not fit, name settings that reduce memory, but do not compile them."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object for a stage, a list of them without --stage."),
 ) -> None:
-    """Compile the real steps of a recipe for a pod, without the pod: will they fit, how long will they take, what do they send?
+    """Compile the training steps of a recipe for a pod, without the pod: memory, estimated time and communication.
 
-    Every stage takes minutes at full size. When a step does not fit, the settings that would make it are named and the best of them
-    is compiled too. Exit codes: 0 every stage fits (or no limit is known), 78 one does not, or a setting is wrong.
+    Every stage takes minutes at full size. When a step does not fit, the report names settings that make it fit and compiles
+    the best one. Exit codes: 0 every stage fits (or no limit is known), 78 one does not, or a setting is wrong.
     TPUs need libtpu, in an environment of its own: pip install 'conan_jax\\[preflight]'.
 
     Examples:
@@ -115,7 +117,7 @@ def _show(console: Console, report: Report) -> None:
     where = f"{report.slices} x {report.accelerator}" if report.slices > 1 else report.accelerator
     table = Table(title=f"{report.stage} ({report.kind}) on {where}", title_justify="left", show_header=False, width=min(console.width, 80))
     table.add_column("what", no_wrap=True)
-    table.add_column("figure", overflow="fold")
+    table.add_column("quantity", overflow="fold")
     for name, text in _rows(report):
         table.add_row(name, text)
     console.print(table)

@@ -15,21 +15,21 @@ from conan_jax.errors import ConfigError, DataError
 
 
 def search(
-    query: Annotated[Optional[str], typer.Argument(help="What you look for, in plain words.")] = None,
+    query: Annotated[Optional[str], typer.Argument(help="The question, in plain words.")] = None,
     run: Annotated[Path, typer.Option("--run", help="The folder of a run with the index that `conan demo` makes.")] = Path("runs/demo"),
     corpus: Annotated[Optional[list[Path]], typer.Option(
-        "--corpus", metavar="FILE", help="What `conan encode` wrote; several times for its shards. Any order gives the same texts; "
+        "--corpus", metavar="FILE", help="Output of `conan encode`; repeat it for shards. Any order gives the same texts; "
                                "`row` counts through the files as they are named.")] = None,
     model: Annotated[Optional[Path], typer.Option("--model", help="Folder of the run or export that encoded the corpus.")] = None,
     documents: Annotated[Optional[str], typer.Option(
-        "--documents", metavar="IN.jsonl", help="What was encoded, to show its texts.")] = None,
+        "--documents", metavar="IN.jsonl", help="The encoded texts, to show them.")] = None,
     text_field: Annotated[str, typer.Option("--field", help="The field of the documents that holds the text.")] = "text",
     queries: Annotated[Optional[Path], typer.Option(
         "--queries", metavar="FILE", help="Many queries, one a line, instead of QUERY. An empty line has no answers.")] = None,
-    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many answers.")] = 5,
-    prompt_name: Annotated[Optional[str], typer.Option("--prompt-name", help="Which of the model's prompts stands before a query.")] = None,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="Number of answers.")] = 5,
+    prompt_name: Annotated[Optional[str], typer.Option("--prompt-name", help="Name of the model's prompt for queries.")] = None,
     prompt: Annotated[Optional[str], typer.Option(
-        "--prompt", help="The string before a query.  [dim]default: the prompt \"query\"[/dim]")] = None,
+        "--prompt", help="Prompt text to put before a query.  [dim]default: the prompt \"query\"[/dim]")] = None,
     faiss: Annotated[bool, typer.Option("--faiss", help="Approximate, through a faiss index made beside the corpus (extra).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of answers; of --queries, one {query, answers} a line.")] = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from conan_jax.errors import ConfigError
 
-app = typer.Typer(help="Train a SentencePiece tokenizer, look at it, encode with it.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(help="Train a SentencePiece tokenizer, show it, encode with it.", no_args_is_help=True, rich_markup_mode="rich")
 
 _TRAIN_EXAMPLES = """[bold]Examples[/bold]
 
@@ -53,7 +53,7 @@ def train(
     character_coverage: Annotated[Optional[float], typer.Option(help=_COVERAGE)] = None,
     max_training_bytes: Annotated[Optional[int], typer.Option(help=_SAMPLE)] = None,
 ) -> None:
-    """Train BPE with byte fallback: every Unicode text is encoded, and decodes to itself."""
+    """Train BPE with byte fallback: every Unicode text can be encoded and decodes to the same text."""
     from rich.console import Console
 
     from conan_jax import config as settings
@@ -105,7 +105,7 @@ def _of_run(folder: Path) -> Path:
 
 @app.command("info", epilog=_INFO_EXAMPLES)
 def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
-    """Show vocabulary, special ids, sha256 and how it was trained."""
+    """Show the vocabulary, special ids, sha256 and training settings."""
     from conan_jax.data.tokenizer import Tokenizer, read_settings
 
     folder = _of_run(folder)
@@ -123,7 +123,7 @@ def info(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="O
 @app.command("encode", epilog=_ENCODE_EXAMPLES)
 def encode(
     folder: Folder,
-    text: Annotated[Optional[str], typer.Argument(metavar="TEXT", help="What to encode; standard input when it is left out.")] = None,
+    text: Annotated[Optional[str], typer.Argument(metavar="TEXT", help="Text to encode. Default: standard input.")] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="Show the text of each token instead of its id.")] = False,
 ) -> None:
     """Print the tokens of a text, without special ids."""

@@ -20,12 +20,12 @@ def train(
     stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
     overrides: list[str] = SetOption,
     init_from: str = typer.Option(None, "--init-from", metavar="RUN", help="Start from the weights of this run, with its model and "
-                                  "tokenizer: RUN, RUN/STAGE or RUN/STAGE@STEP. `conan import hf` makes one of a Hugging Face folder."),
-    fresh: bool = typer.Option(False, "--fresh", help="Train anew: forget the checkpoints of these stages and of all that follow."),
-    fallback: bool = typer.Option(False, "--fallback", help="Set a damaged checkpoint aside and go on from the good one before it."),
+                                  "tokenizer: RUN, RUN/STAGE or RUN/STAGE@STEP. `conan import hf` makes a run from a Hugging Face folder."),
+    fresh: bool = typer.Option(False, "--fresh", help="Train again: remove the checkpoints of these stages and of all later stages."),
+    fallback: bool = typer.Option(False, "--fallback", help="Rename a damaged checkpoint and continue from the intact one before it."),
     as_json: bool = typer.Option(False, "--json", help="Print summary.json at the end, and progress on standard error."),
 ) -> None:
-    """Train a recipe: prepare what is missing, train stage by stage, evaluate after each, write report.html.
+    """Train a recipe: prepare missing data, train each stage, evaluate after each stage, write report.html.
 
     The same command continues an interrupted run, bit for bit. Exit codes: 0 done, 42 stopped and resumable,
     78 wrong configuration or data.
@@ -61,7 +61,7 @@ def _finish(recipe: Recipe, summary: dict[str, Any], as_json: bool) -> None:
     elif recipe.run.evaluations:
         console.print(results_table(summary))
     else:
-        console.print("no figures: the recipe names no evaluations")
+        console.print("no metrics: the recipe has no evaluations")
     console.print(f"summary {recipe.folder / 'summary.json'}\nreport  {report_file}", highlight=False, soft_wrap=True)
 
 
@@ -86,7 +86,7 @@ def prepare(config: str = ConfigArgument, overrides: list[str] = SetOption) -> N
 
 
 def report(run: Path = typer.Argument(Path("runs/demo"), help="The folder of a run.")) -> None:
-    """Write report.html of a run again: figures, curves, configuration, in one file that opens offline.
+    """Write report.html of a run again: metrics, curves and configuration in one file that opens offline.
 
     Examples:
 
