@@ -173,7 +173,8 @@ class _Lines:
         self._printed = now
         rate = record.get("steps_per_second")
         pace = f"{rate:.2f} steps/s  ETA {duration((self._steps - step) / rate)}  " if rate else ""
-        self._console.print(f"{self._name} {step}/{self._steps}  {pace}{_pretty(record, smoothed)}", highlight=False, markup=False, soft_wrap=True)
+        shown = _pretty(record, smoothed)
+        self._console.print(f"{self._name} {step}/{self._steps}  {pace}{shown}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Nothing is held."""

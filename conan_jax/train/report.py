@@ -202,8 +202,8 @@ def stage_bars(files: RunFiles) -> dict[str, Any] | None:
     values = {who: f[main][metric] for who, f in files.evaluations.items() if metric in f.get(main, {})}
     top = max([*values.values(), 0.05])
     return {"title": f"{metric_title(metric)} by stage", "evaluation": main,
-            "rows": [{"label": _title(who), "text": f"{value:.3f}", "percent": round(100 * max(value, 0.0) / top), "baseline": who in BASELINES}
-                     for who, value in values.items()]}
+            "rows": [{"label": _title(who), "text": f"{value:.3f}", "percent": round(100 * max(value, 0.0) / top),
+                      "baseline": who in BASELINES} for who, value in values.items()]}
 
 
 def loss_charts(files: RunFiles) -> list[dict[str, Any]]:
@@ -338,7 +338,8 @@ def next_commands(files: RunFiles) -> list[dict[str, str]]:
         f"conan search \"your question\" --model {run} --corpus corpus.npy --documents corpus.jsonl")
     return [
         {"what": "Search" if indexed else "Encode a corpus, one JSON object with \"text\" on each line, and search it", "line": search},
-        *([{"what": "Encode a file of texts to vectors", "line": f"conan encode texts.jsonl vectors.npy --model {run}"}] if indexed else []),
+        *([{"what": "Encode a file of texts to vectors",
+            "line": f"conan encode texts.jsonl vectors.npy --model {run}"}] if indexed else []),
         {"what": "Score it on evaluation sets in a folder", "line": f"conan eval {run} --suite path/to/sets"},
         {"what": "Export it for sentence-transformers", "line": f"conan export {run} {out}"},
         {"what": "Compare the export with PyTorch (needs the torch extra)", "line": f"conan verify {out}"},
