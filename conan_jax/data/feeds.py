@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,7 @@ class Draft:
         return [stable_seed(self.member.seed, self.draw.epoch, int(i)) for i in self.draw.records]
 
 
+_PERMUTED_LABELS = 10_000  # up to so many, numpy's draw without replacement takes as long as a permutation, whose draws runs depend on
 Collate = Callable[[Draft], Batch]
 
 
@@ -73,9 +75,18 @@ class Feed:
         except DataError as error:
             raise DataError(f"dataset {member.name!r}: {error}") from error
 
+    @functools.cached_property
+    def zeros(self) -> Batch:
+        """Arrays of zeros in the shapes and dtypes of every batch."""
+        return _zeros(self.batch(0))
+
     def dataset_of(self, ids: np.ndarray) -> str:
         """The name of the dataset that holds these example numbers. A batch holds records of one dataset."""
         return [member.name for member in self.members if member.offset <= ids[0]][-1]
+
+
+def _zeros(batch: Batch) -> Batch:
+    return {name: _zeros(value) if isinstance(value, dict) else np.zeros_like(value) for name, value in batch.items()}
 
 
 def collate_packed(draft: Draft) -> Batch:
@@ -141,8 +152,12 @@ def collate_sts(tokenizer: AnyTokenizer, bucket: config.Bucket) -> Collate:
 def _by_label(member: Member, index: int, record: Any, rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
     labels = member.labels
     own = labels.of[index]
-    others = rng.permutation(len(labels.names) - 1)[:count]
-    return transforms.label_text(record["label"]), [transforms.label_text(labels.names[o + (o >= own)]) for o in others]
+    others = len(labels.names) - 1
+    if others > _PERMUTED_LABELS:
+        drawn = rng.choice(others, size=min(count, others), replace=False)
+    else:
+        drawn = rng.permutation(others)[:count]
+    return transforms.label_text(record["label"]), [transforms.label_text(labels.names[o + (o >= own)]) for o in drawn]
 
 
 def _by_example(member: Member, index: int, record: Any, rng: np.random.Generator, count: int) -> tuple[str, list[str]]:

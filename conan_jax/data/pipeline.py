@@ -70,9 +70,11 @@ class Pipeline:
         """This host's slice of the global batch at `step`. Safe to call from many threads."""
         if SINGLE in self._feeds:
             return self._feeds[SINGLE].batch(step)
-        # Tasks that take turns are due every `len(tasks)` steps: a task that is not due keeps its batch until it is.
-        turn = step // len(self._feeds) if getattr(self._stage, "update", "") == "one_task" else step
-        return {name: feed.batch(turn) for name, feed in self._feeds.items()}
+        if getattr(self._stage, "update", "") != "one_task":
+            return {name: feed.batch(step) for name, feed in self._feeds.items()}
+        # Only the task that is due is read and tokenised; the step function takes the others at their shapes and does not use them.
+        turn, due = divmod(step, len(self._feeds))
+        return {name: feed.batch(turn) if i == due else feed.zeros for i, (name, feed) in enumerate(self._feeds.items())}
 
     def datasets_of(self, batch: Batch) -> dict[str, str]:
         """{task: name of the dataset of its rows}, for tasks of several datasets. The only task of other stages is ""."""
@@ -140,7 +142,9 @@ class Pipeline:
             dataset, source = self._run.dataset(mix.dataset), self._sources[mix.dataset]
             labels = indexes.labels(source, self._cache(mix.dataset, source, "labels")) if classes else None
             # Stage, task and dataset are in the seed: two uses of the same records do not go through them in the same order.
-            seed = stable_seed(self._run.seed, self._stage.name, task, mix.dataset)
+            # So is the number of earlier uses in this mixture, unless it is 0: the order of datasets named once stays the same.
+            earlier = sum(member.name == mix.dataset for member in members)
+            seed = stable_seed(self._run.seed, self._stage.name, task, mix.dataset, *([earlier] if earlier else []))
             members.append(feeds.Member(mix.dataset, dataset.kind, source, dataset.instruction, offset, seed, labels))
             offset += len(source)
         return members

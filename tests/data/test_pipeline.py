@@ -306,7 +306,19 @@ def test_tasks_in_turn_miss_no_batch():
     together = pipeline(supervised(RETRIEVAL, GRADED))
     in_turn = pipeline(supervised(RETRIEVAL, GRADED, update="one_task"))
     for step in range(8):
-        assert equal(in_turn.batch(step), together.batch(step // 2))  # task k is due at steps = k mod 2
+        due, other = (("retrieval", "graded"), ("graded", "retrieval"))[step % 2]  # task k is due at steps = k mod 2
+        batch, whole = in_turn.batch(step), together.batch(step // 2)
+        assert list(batch) == list(whole) and equal(batch[due], whole[due])
+        assert shapes(batch) == shapes(whole) and not any(x.any() for x in jax.tree.leaves(batch[other]))
+
+
+def test_a_dataset_named_twice_is_not_in_step_with_itself():
+    p = pipeline(weak(c.Mix("pairs", 0.5), c.Mix("pairs", 0.5)))
+    once = pipeline(weak(c.Mix("pairs")))
+    ids = [p.batch(step)["ids"] for step in range(8)]
+    first, second = [x for x in ids if x[0] < 100], [x - 100 for x in ids if x[0] >= 100]
+    assert len(first) == len(second) == 4 and not np.array_equal(first, second)
+    assert np.array_equal(first, [once.batch(step)["ids"] for step in range(4)])
 
 
 @pytest.mark.parametrize("stage, message", [
