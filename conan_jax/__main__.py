@@ -2,6 +2,7 @@
 
 from typing import NoReturn
 
+from conan_jax import allocator
 from conan_jax.cli import exits
 
 
@@ -11,6 +12,7 @@ def run() -> NoReturn:
 
 
 def _command() -> None:
+    allocator.start_with_huge_pages()
     from conan_jax.cli.main import app
 
     app()
