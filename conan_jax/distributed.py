@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from conan_jax.errors import EXIT_RESUMABLE, ConanError, ConfigError, PeerError
-from conan_jax.files import write_json
+from conan_jax.files import unusable_place, write_json
 
 VARIABLES = ("CONAN_COORDINATOR", "CONAN_NUM_PROCESSES", "CONAN_PROCESS_ID")
 INITIALISATION_SECONDS = 300  # pods of one job start minutes apart
@@ -257,6 +257,7 @@ class Peers:
             time.sleep(_POLL_SECONDS)
 
     def _say_failed(self, error: BaseException) -> None:
+        error = unusable_place(error) or error
         code = error.exit_code if isinstance(error, ConanError) else 1 if isinstance(error, Exception) else EXIT_RESUMABLE
         message = (str(error) if isinstance(error, ConanError) else "asked to stop" if code == EXIT_RESUMABLE
                    else f"{type(error).__name__} {error}".strip())

@@ -105,7 +105,9 @@ def read_docstrings(
     processes = max(1, min(processes, len(modules) // 200))
     shares = [modules[i::processes] for i in range(processes)]
     rows = []
-    workers = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in shares[1:]]
+    # A session of their own: Ctrl-C goes to this process alone, and they end with the pipe to it.
+    workers = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+               for _ in shares[1:]]
     with ThreadPoolExecutor(max_workers=processes) as pool:  # a thread for each worker keeps its pipes moving
         try:
             others = [pool.submit(_parse_elsewhere, worker, share) for worker, share in zip(workers, shares[1:], strict=True)]

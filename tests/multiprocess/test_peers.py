@@ -1,6 +1,13 @@
 """What processes tell each other, and how they find each other; by processes that only import jax."""
 
+import errno
+import json
+import os
+
 import pytest
+
+from conan_jax.distributed import Peers
+from conan_jax.errors import ConfigError
 
 from tests.multiprocess.runs import Command
 
@@ -66,3 +73,13 @@ def test_a_coordinator_that_does_not_answer_is_an_error_one_can_restart(tmp_path
     assert command.wait() == 42
     assert "no coordinator answers at 127.0.0.1:1" in command.text and "Traceback" not in command.text
 
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file"), 78), (ConfigError("x"), 78), (KeyError("x"), 1), (KeyboardInterrupt(), 42)])
+def test_the_others_are_told_the_code_that_the_failed_process_ends_with(tmp_path, error, code):
+    peers = Peers(tmp_path)
+    peers._folder.mkdir()
+    peers._say_failed(error)
+    [failed] = tmp_path.glob(".peers-*/failed")
+    assert json.loads(failed.read_text())["exit_code"] == code
