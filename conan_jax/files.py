@@ -51,6 +51,17 @@ def unusable_place(error: BaseException) -> DataError | None:
     return None
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raise `DataError` when the file system of `folder`, which exists, has less than `size` bytes left."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:  # a file system without this knowledge: the write itself tells
+        return
+    if found.f_blocks and found.f_bavail * found.f_frsize < size:
+        error = OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({found.f_bavail * found.f_frsize:,} of {size:,} bytes)")
+        raise unusable(folder, error)
+
+
 def partial_path(path: Path) -> Path:
     """A new hidden name beside `path`, for what is not finished yet; the same for no two calls, in whatever process or host.
 

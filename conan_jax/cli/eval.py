@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from conan_jax.errors import ConfigError
-from conan_jax.files import write_json
+from conan_jax.files import check_room, read_json, write_json
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
         raise ConfigError("name either a folder of sets with --suite or tasks with --mteb")
     console = Console(stderr=as_json)
     if mteb:
-        results = _mteb(model, _names(mteb), out or _default_folder(model) / "mteb", console)
+        results = _mteb(model, _names(mteb), out or _default_folder(model) / "mteb", fresh, console)
     else:
         results = _suite(model, suite, _names(only), max_queries, _names(languages), out, fresh, console)
     if as_json:
@@ -65,7 +65,10 @@ def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, l
     from conan_jax.inference.encoder import Encoder
     from conan_jax.train.evaluation_page import write_page
 
-    chosen = select(read_suite(suite), only, max_queries, languages)
+    found = read_suite(suite)
+    for path, why in found.left_out.items():
+        console.print(f"left alone: {path}: {why}", highlight=False, markup=False, soft_wrap=True)
+    chosen = select(found, only, max_queries, languages)
     encoder = Encoder.load(model)
     folder = out or _default_folder(model) / chosen.name
     with _Bars(console, len(chosen.sets)) as bars:
@@ -78,18 +81,26 @@ def _suite(model: Path, suite: Path, only: list[str], max_queries: int | None, l
     return results
 
 
-def _mteb(model: Path, tasks: list[str], folder: Path, console: Console) -> dict[str, Any]:
-    """Scores of mteb's own tasks, each written to FOLDER/mteb.json when it is done."""
+def _mteb(model: Path, tasks: list[str], folder: Path, fresh: bool, console: Console) -> dict[str, Any]:
+    """Scores of mteb's own tasks, each written to FOLDER/mteb.json when it is done; those of other tasks stay."""
     from conan_jax.eval.mteb_wrapper import MtebEncoder, evaluate_tasks
+    from conan_jax.eval.results import ROOM, refuse_other_run
+    from conan_jax.folder_lock import FolderLock
     from conan_jax.inference.encoder import Encoder
 
     wrapped = MtebEncoder(Encoder.load(model))
-    results: dict[str, Any] = {"encoder": wrapped.model.identity, "tasks": {}}
-    for task in tasks:
-        with console.status(f"scoring {task}"):
-            results["tasks"] |= evaluate_tasks(wrapped, [task])
-        write_json(folder / "mteb.json", results)
-        console.print(f"{task}  main score {results['tasks'][task]['main_score']:.4f}", highlight=False)
+    identity = wrapped.model.identity
+    with FolderLock(folder, "`conan eval --mteb`"):
+        check_room(folder, ROOM)
+        before = {} if fresh else read_json(folder / "mteb.json", {})
+        refuse_other_run(folder, before.get("encoder", {}), identity)
+        known = before.get("tasks", {}) if before.get("encoder") == identity else {}
+        results: dict[str, Any] = {"encoder": identity, "tasks": dict(known)}
+        for task in tasks:
+            with console.status(f"scoring {task}"):
+                results["tasks"] |= evaluate_tasks(wrapped, [task])
+            write_json(folder / "mteb.json", results)
+            console.print(f"{task}  main score {results['tasks'][task]['main_score']:.4f}", highlight=False)
     console.print(f"results {folder / 'mteb.json'}", highlight=False, soft_wrap=True)
     return results
 

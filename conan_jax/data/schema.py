@@ -183,13 +183,15 @@ def is_blank(text: str) -> bool:
 
 def _text(value: Any, name: str, blank: bool = False) -> str:
     if isinstance(value, Mapping) and "text" in value:  # a passage: {title, text}
-        body = _string(value["text"], f"{name}.text", blank)
-        title = _string("" if value.get("title") is None else value["title"], f"{name}.title", blank=True)
+        body = string(value["text"], f"{name}.text", blank)
+        title = string("" if value.get("title") is None else value["title"], f"{name}.title", blank=True)
         return body if is_blank(title) else f"{title} {body}"
-    return _string(value, name, blank)
+    return string(value, name, blank)
 
 
-def _string(value: Any, name: str, blank: bool) -> str:
+def string(value: Any, name: str, blank: bool) -> str:
+    """`value` as text: str, or bytes of UTF-8. Raises `Reject` for what is no text, holds a NUL or half a surrogate pair, or is blank
+    unless `blank`."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")

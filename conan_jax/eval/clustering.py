@@ -29,12 +29,16 @@ def evaluate_clustering(encoder: Any, evaluation: config.Evaluation) -> Figures:
     Each of 10 experiments draws 16,384 of the texts with replacement and clusters their vectors by mini-batch k-means into as
     many clusters as there are labels. Every text may be drawn, which is MTEB with `max_fraction_of_documents_to_embed = None`.
     Draws go on from one language to the next, as MTEB's do from subset to subset.
-    Raises `DataError` for a language with fewer than two labels, which cannot be clustered.
+    Raises `DataError` for a language with fewer than two labels, which cannot be clustered, or with more labels than texts are drawn.
     """
     records = read_records(evaluation.path, "labelled", evaluation.max_queries, evaluation.languages)
     parts = split(records)
     for language, part in parts.items():
-        if len({r["label"] for r in part}) < 2:
+        labels = len({r["label"] for r in part})
+        if labels > SAMPLES:
+            raise DataError(f"{evaluation.path}: {labels:,} labels{f' in {language}' if language else ''}; an experiment draws {SAMPLES:,} texts, "
+                            "and each label needs one")
+        if labels < 2:
             raise DataError(f"{evaluation.path}: all {len(part)} texts{f' in {language}' if language else ''} have one label; "
                             "clustering needs two")
     vectors = encoder.encode([r["text"] for part in parts.values() for r in part], prompt=prompt_of(encoder, evaluation),

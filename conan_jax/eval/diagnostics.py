@@ -88,8 +88,8 @@ def view_of(encoder: Any, evaluation: config.Evaluation) -> View:
     """The vectors and pairs of a set.
 
     Searches: query and relevant document; a random other one; the nearest that is not judged relevant. Bitext: the same with
-    translations, over all languages. STS: pairs scored at least 4/5 of the highest score; sentences of different pairs;
-    pairs scored at most 1/5.
+    translations, over all languages. STS: pairs in the highest fifth of the range of scores; sentences of different
+    pairs; pairs in the lowest fifth.
     Labels: texts of one label; texts of different labels.
     """
     rng = np.random.default_rng(SEED)
@@ -111,7 +111,8 @@ def view_of(encoder: Any, evaluation: config.Evaluation) -> View:
     if evaluation.kind == "sts":
         records = read_records(evaluation.path, "sts", evaluation.max_queries, evaluation.languages)
         left, right = (encoder.encode([r[side] for r in records], **options) for side in ("sentence1", "sentence2"))
-        share = np.array([r["score"] for r in records]) / max(r["score"] for r in records)
+        scores = np.array([r["score"] for r in records])
+        share = (scores - scores.min()) / (np.ptp(scores) or 1)  # a scale may begin above 0, or be negative
         own = np.stack([np.arange(len(records))] * 2, axis=1)
         return View(left, right, own[share >= 0.8], _others(len(left), [{i} for i in range(len(left))], len(right), rng), own[share <= 0.2])
     records = spread(read_records(evaluation.path, "labelled", evaluation.max_queries, evaluation.languages), SAMPLE)

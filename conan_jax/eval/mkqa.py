@@ -10,7 +10,6 @@ The questions are those of Longpre et al. 2021 (arXiv 2007.15207), the protocol 
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import ir_measures
 
 from conan_jax import config
+from conan_jax.data import schema
 from conan_jax.errors import DataError
 from conan_jax.eval.languages import combine
-from conan_jax.eval.records import Records, keep, limited
-from conan_jax.eval.retrieval import RetrievalSet, find, ranks_of, read_corpus, read_lines, score
+from conan_jax.eval.records import Records, keep, language_of, limited
+from conan_jax.eval.retrieval import RetrievalSet, find, ranks_of, read_corpus, read_objects, score
 from conan_jax.figures import Figures, by_language
 
 MEASURES = {"recall@20": ir_measures.Success @ 20, "recall@100": ir_measures.Success @ 100, "ndcg@10": ir_measures.nDCG @ 10}
@@ -63,12 +63,18 @@ def read_questions(folder: str | Path, languages: Sequence[str] = ()) -> Records
     """The questions of a folder, one a language: {_id, text, lang, answers}. Raises `DataError` as `read_mkqa` does."""
     file = find(Path(folder), "mkqa.jsonl")
     questions: Records = []
-    for number, line in read_lines(file):
+    seen: set[tuple[str, str]] = set()
+    for where, row in read_objects(file):
         try:
-            questions += _questions(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{file}:{number} is no question with answers ({error}); it must hold example_id, queries and answers, "
+            found = list(_questions(row))
+        except (schema.Reject, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{where} is no question with answers ({error}); it must hold example_id, queries and answers, "
                             "or _id, text, lang and answers") from error
+        for question in found:
+            if (question["lang"], question["_id"]) in seen:
+                raise DataError(f"{where} repeats the question {question['_id']!r} in {question['lang']!r}")
+            seen.add((question["lang"], question["_id"]))
+        questions += found
     if not questions:
         raise DataError(f"{file} holds no question with a short answer")
     return keep(questions, languages, str(file))
@@ -77,21 +83,29 @@ def read_questions(folder: str | Path, languages: Sequence[str] = ()) -> Records
 def _questions(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The questions of a line, one a language; none when it has no short answer."""
     if "queries" not in row:
-        yield {"_id": str(row["_id"]), "text": _text(row["text"]), "lang": _text(row.get("lang", "")),
-               "answers": [_text(a) for a in row["answers"]]}
+        yield {"_id": _name(row["_id"]), "text": _text(row["text"], "text"), "lang": language_of(row),
+               "answers": [_text(a, "answers") for a in _list(row["answers"], "answers")]}
         return
-    given = row["answers"][ANSWER_LANGUAGE]
+    given = _list(row["answers"][ANSWER_LANGUAGE], "answers")
     if any(answer["type"] in LEFT_OUT for answer in given):
         return
-    answers = [_text(text) for answer in given for text in (answer["text"], *answer.get("aliases", ())) if text]
+    answers = [_text(text, "answers") for answer in given for text in (answer["text"], *_list(answer.get("aliases", []), "aliases")) if text]
     asked = {ANSWER_LANGUAGE: row["query"]} if "query" in row else {}
     for language, text in (asked | row["queries"]).items() if answers else ():
-        yield {"_id": str(row["example_id"]), "text": _text(text), "lang": language, "answers": answers}
+        yield {"_id": _name(row["example_id"]), "text": _text(text, "queries"), "lang": _text(language, "queries"), "answers": answers}
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} is no text")
+def _name(value: Any) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else schema.string(value, "_id", blank=False)
+
+
+def _text(value: Any, name: str) -> str:
+    return schema.string(value, name, blank=True)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list, found {type(value).__name__}")
     return value
 
 

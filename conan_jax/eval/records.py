@@ -37,19 +37,18 @@ def _read(path: str, parse: Callable[[Any], dict[str, Any]], limit: int | None, 
         try:
             if isinstance(item.raw, schema.Reject):
                 raise item.raw
-            record = parse(item.raw)
+            records.append(parse(item.raw) | {"lang": language_of(item.raw)})
         except schema.Reject as reject:
             raise DataError(f"{item.location}: {reject}") from reject
-        records.append(record | {"lang": language_of(item.raw)})
     if not records:
         raise DataError(f"{path} holds no records")
     return limited(keep(records, languages, path), limit)
 
 
 def language_of(raw: Any) -> str:
-    """The `lang` of a raw record, "" when it has none."""
+    """The `lang` of a raw record, "" when it has none or null. Raises `schema.Reject` for one that is no text."""
     value = raw.get("lang")
-    return value if isinstance(value, str) else ""
+    return "" if value is None else schema.string(value, "lang", blank=True)
 
 
 def keep(records: Records, languages: Sequence[str], where: str) -> Records:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conan_jax import config
+from conan_jax.errors import ConfigError, DataError
 from conan_jax.eval import MAIN_FIGURES, evaluate
 from conan_jax.eval.counts import count
 from conan_jax.eval.diagnostics import diagnose
@@ -25,12 +26,14 @@ from conan_jax.eval.memory import Remembering
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.suite import Suite, files_of, with_prompts
 from conan_jax.figures import Figures
-from conan_jax.files import read_json, write_json
+from conan_jax.files import check_room, read_json, write_json
 from conan_jax.folder_lock import FolderLock
+from conan_jax.inference.identity import described
 from conan_jax.inference.prompts import DOCUMENT
 from conan_jax.versions import versions_of
 
 RESULTS, DIAGNOSTICS = "results.json", "diagnostics.json"
+ROOM = 2**20  # bytes: more than results.json, diagnostics.json and report.html of a usual suite
 PACKAGES = ("conan_jax", "jax", "numpy", "scikit-learn", "scipy", "ir-measures", "sentencepiece")
 
 Results = dict[str, Any]
@@ -46,11 +49,14 @@ def run_suite(
 
     A set with an equal key (`key_of`) in results.json is not computed again unless `fresh`. `dimensions` are those it is looked at
     beside its width. `begin(set)` gives the progress of its encoding; `finished(name, result, computed)` follows each.
-    Raises `FolderInUseError` when another process writes in `out`, and `DataError` when it cannot be written.
+    Raises `FolderInUseError` when another process writes in `out`, `ConfigError` when it holds results of another run, and `DataError`
+    when it cannot be written.
     """
     with FolderLock(out, "`conan eval`"):
+        check_room(out, ROOM)
         identity = encoder.identity
         before = {} if fresh else read_json(out / RESULTS, {})
+        refuse_other_run(out, before.get("encoder", {}), identity)
         known = before.get("sets", {}) if before.get("encoder") == identity else {}
         pictures = read_json(out / DIAGNOSTICS, {}) if known else {}
         results: Results = {"suite": suite.name, "encoder": identity, "versions": versions(), "sets": dict(known)}
@@ -66,6 +72,13 @@ def run_suite(
             finished(name, results["sets"][name], new)
         write_json(out / RESULTS, results)
     return results
+
+
+def refuse_other_run(out: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Results of one run give way to those of its other weights, never to those of another run."""
+    if before and before.get("run") != identity.get("run"):
+        raise ConfigError(f"{out} holds results of {described(before)}, not of {described(identity)}; name another folder with --out, or "
+                          "replace them with --fresh")
 
 
 def score_set(
@@ -124,8 +137,11 @@ def data_sha256(evaluation: config.Evaluation) -> str:
     """One sha256 over the files of a set, in their order."""
     digest = hashlib.sha256()
     for file in files_of(evaluation):
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        try:
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

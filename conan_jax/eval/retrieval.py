@@ -1,13 +1,13 @@
 """Retrieval on a BEIR folder: exact search, nDCG, recall and MRR by ir_measures, and BM25 on the same folder by the same code.
 
 A BEIR folder (Thakur et al. 2021, arXiv 2104.08663) holds `corpus.jsonl[.gz]` (_id, title, text), `queries.jsonl[.gz]`
-(_id, text, optionally lang) and `qrels/SPLIT.tsv` (query id, document id, grade; a header line is allowed).
+(_id, text, optionally lang) and `qrels/SPLIT.tsv` (query id, document id, grade; a header line is allowed). Each file may be compressed
+in any way that `data.lines` reads.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import Int
 
 from conan_jax import config
+from conan_jax.data import readers, schema
 from conan_jax.data.bm25 import bm25_ranks
+from conan_jax.data.lines import COMPRESSIONS, read_lines
 from conan_jax.errors import DataError
 from conan_jax.eval.prompts import prompt_of, usable_length
 from conan_jax.eval.records import Records, keep, language_of, spread
@@ -75,13 +77,13 @@ def read_queries(
     judged = [q for q in queries if any(grade > 0 for grade in qrels.get(q, {}).values())]
     if not judged:
         raise DataError(f"{folder}: no query of queries.jsonl has a positive judgement in qrels/{split}.tsv")
-    records = [{"_id": q, "text": queries[q]["text"], "lang": language_of(queries[q])} for q in judged]
+    records = [{"_id": q, "text": queries[q]["text"], "lang": queries[q]["lang"]} for q in judged]
     return keep(records, languages, str(folder)), qrels
 
 
 def read_corpus(folder: Path) -> dict[str, str]:
     """Document id -> title and text, of `corpus.jsonl[.gz]`."""
-    return {row["_id"]: " ".join(filter(None, (row.get("title"), row["text"]))).strip() for row in read_rows(find(folder, "corpus.jsonl"))}
+    return {row["_id"]: " ".join(filter(None, (row["title"], row["text"]))).strip() for row in read_rows(find(folder, "corpus.jsonl"))}
 
 
 def evaluate_retrieval(encoder: Any, evaluation: config.Evaluation) -> Figures:
@@ -125,55 +127,83 @@ def score(data: RetrievalSet, ranks: Int[np.ndarray, "Q k"], measures: Mapping[s
 
 
 def find(folder: Path, name: str) -> Path:
-    """`folder/name` or `folder/name.gz`. Raises `DataError` when there is neither."""
-    for path in (folder / name, folder / f"{name}.gz"):
+    """`folder/name`, as it is or compressed. Raises `DataError` when there is neither."""
+    for path in (folder / name, *(folder / f"{name}{suffix}" for suffix in COMPRESSIONS)):
         if path.is_file():
             return path
-    raise DataError(f"{folder / name} is missing; a retrieval set needs corpus.jsonl, queries.jsonl (each may be .gz) and qrels/SPLIT.tsv")
+    raise DataError(f"{folder / name} is missing; a retrieval set needs corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, each as it is or "
+                    f"compressed ({', '.join(COMPRESSIONS)})")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of the lines that are not blank."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(FILE:LINE, object) of a jsonl file. Raises `DataError` naming the line that holds anything else."""
+    for item in readers.read_file(path):
+        if isinstance(item.raw, schema.Reject):
+            what = f"is not JSON: {item.raw.detail}" if item.raw.reason == "broken_json" else f"cannot be used: {item.raw}"
+            raise DataError(f"{item.location} {what}")
+        if not isinstance(item.raw, dict):
+            raise DataError(f"{item.location} must be an object with named fields, found {type(item.raw).__name__}")
+        yield item.location, item.raw
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a jsonl file, each with an `_id` of its own and a `text`. Raises `DataError` naming the line that is none."""
+    """The objects of a jsonl file: `_id` (of its own), `text`, `title` and `lang` ("" where it has none), all of them text.
+
+    An `_id` may be a whole number, since qrels name it by its digits. Raises `DataError` naming the line of anything else.
+    """
     seen: set[str] = set()
-    for number, line in read_lines(path):
+    for where, raw in read_objects(path):
+        name = raw.get("_id")
+        name = str(name) if isinstance(name, int) and not isinstance(name, bool) else name
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise DataError(f"{path}:{number} must be an object with the strings _id and text")
+            row = {"_id": schema.string(name, "_id", blank=False), "text": schema.string(raw.get("text"), "text", blank=True),
+                   "title": schema.string("" if raw.get("title") is None else raw["title"], "title", blank=True), "lang": language_of(raw)}
+        except schema.Reject as reject:
+            raise DataError(f"{where} must be an object with the texts _id and text, and title if it has one: {reject}") from None
         if row["_id"] in seen:
-            raise DataError(f"{path}:{number} repeats the _id {row['_id']!r}")
+            raise DataError(f"{where} repeats the _id {row['_id']!r}")
         seen.add(row["_id"])
         yield row
+    if not seen:
+        raise DataError(f"{path} holds no records")
 
 
 def _read_qrels(path: Path, queries: Collection[str], documents: Collection[str] | None) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in read_lines(path):
-        fields = line.rstrip("\r\n").split("\t")
-        if number == 1 and len(fields) == 3 and not _is_int(fields[2]):
+    for number, line, _ in read_lines(path):
+        fields = _fields(path, number, line)
+        if not fields or number == 1 and _is_header(fields, queries):
             continue
-        if len(fields) != 3 or not _is_int(fields[2]):
-            raise DataError(f"{path}:{number} must be QUERY_ID<tab>DOCUMENT_ID<tab>GRADE, got {line.strip()!r:.80}")
-        query, document, grade = fields
+        if len(fields) != 3 or not _GRADE.fullmatch(fields[2]):
+            raise DataError(f"{path}:{number} must be QUERY_ID<tab>DOCUMENT_ID<tab>GRADE, the grade a whole number of at most 9 digits; got "
+                            f"{' '.join(fields)!r:.80}")
+        query, document, grade = fields[0], fields[1], int(fields[2])
         for what, known, name, file in (("query", queries, query, "queries"), ("document", documents, document, "corpus")):
             if known is not None and name not in known:
                 raise DataError(f"{path}:{number} judges the {what} {name!r}, which is not in the {file} file")
-        qrels.setdefault(query, {})[document] = int(grade)
+        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise DataError(f"{path}:{number} judges {query!r} and {document!r} again, as {grade} and not {qrels[query][document]}")
     return qrels
 
 
-def _is_int(text: str) -> bool:
-    return text.strip().removeprefix("-").isdigit()
+_GRADE = re.compile(r"\s*-?[0-9]{1,9}\s*")
+
+
+def _fields(path: Path, number: int, line: bytes | None) -> list[str]:
+    """The columns of a line of qrels; none of a blank one."""
+    try:
+        text = (line or b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if line is None:
+        raise DataError(f"{path}:{number} is too long for qrels")
+    return text.split("\t") if text.strip() else []
+
+
+def _is_header(fields: list[str], queries: Collection[str]) -> bool:
+    """True for three names: no grade, and no judgement whose grade is wrong."""
+    try:
+        float(fields[-1])
+    except ValueError:
+        return len(fields) == 3 and fields[0] not in queries
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
     figures, start = {}, 0
     for language, part in parts.items():
         figures[language] = correlations(cosine[start : start + len(part)], [r["score"] for r in part])
+        if not all(map(math.isfinite, figures[language].values())):
+            raise DataError(f"{evaluation.path}: the gold scores{f' in {language}' if language else ''} are too close to each other, or too "
+                            "large, for a correlation; bring them to a usual scale, say 0 to 5")
         start += len(part)
     return combine(figures)
 

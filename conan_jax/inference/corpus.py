@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Num
 
 from conan_jax.errors import ConfigError, DataError
-from conan_jax.files import read_json, replacing, write_json
+from conan_jax.files import check_room, read_json, replacing, write_json
 from conan_jax.folder_lock import FolderLock
 from conan_jax.inference.identity import described
 from conan_jax.inference.precision import DTYPES, Precision, check_precision, checked_ranges, kept_dimensions, quantize, refuse_empty_ranges, width
@@ -214,6 +214,9 @@ def _encode(
         done = 0
     elif done:
         say(f"going on after {done:,} of {len(rows):,} rows")
+    left = (len(rows) - done) * vectors.row_bytes
+    copied = len(rows) * width(job["dimension"], settings.precision) * np.dtype(DTYPES[settings.precision]).itemsize
+    check_room(folder, left + (copied if late or out.suffix == ".parquet" else 0))
     if not done:
         vectors.create()
     advance(done, len(rows))
@@ -275,20 +278,21 @@ class _Vectors:
                 there = os.fstat(file.fileno()).st_size - file.tell()
         except (OSError, ValueError):
             return False
-        return (shape, fortran, dtype) == ((self.count, self._columns), False, self._dtype) and there >= rows * self._row_bytes
+        return (shape, fortran, dtype) == ((self.count, self._columns), False, self._dtype) and there >= rows * self.row_bytes
 
     def write(self, start: int, rows: Num[np.ndarray, "n W"]) -> None:
         with open(self.path, "r+b") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
-            file.seek(file.tell() + start * self._row_bytes)
+            file.seek(file.tell() + start * self.row_bytes)
             file.write(np.ascontiguousarray(rows, self._dtype).tobytes())
             file.truncate()
             file.flush()
             os.fsync(file.fileno())
 
     @property
-    def _row_bytes(self) -> int:
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
         return self._columns * self._dtype.itemsize
 
 

@@ -125,7 +125,7 @@ def test_a_truncated_gzip_is_refused(tmp_path):
     folder = write_beir(tmp_path, [doc(i, "text " * 50) for i in range(50)], [{"_id": "a", "text": "x"}], [("a", "d0", 1)], zipped=True)
     path = folder / "corpus.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="corpus.jsonl.gz cannot be read"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl\.gz"):
         read_beir(folder)
 
 
