@@ -12,6 +12,8 @@ from conan_jax.config import (
     SoftMask, SupervisedStage, Task, Tokenizer, WeakStage,
 )
 
+VARIANTS = {"full": "the published sizes: 1.5B parameters, four stages", "tiny": "every stage at a size that runs on a laptop"}
+
 WEAK_MIX = {  # millions of pairs, Table 10 of the paper
     "news": 620, "social": 690, "instruction": 200, "knowledge_base": 106, "web": 70, "papers": 50, "community_qa": 30,
 }
@@ -50,7 +52,7 @@ def get_config(variant: str = "full") -> Run:
                 name="weak", optimizer=peak, steps=1_725_000,  # 1,766M pairs at 1,024 a step
                 datasets=tuple(Mix(f"weak_{name}", weight=float(millions)) for name, millions in WEAK_MIX.items()),
                 global_batch_size=64 * 16, buckets=(Bucket(64, 256), Bucket(512, 512)), encode_chunk_size=16,
-                soft_mask=SoftMask(apply="log", index="key", schedule="linear"),
+                soft_mask=SoftMask(schedule="linear"),
                 contrastive=Contrastive(temperature=0.02, false_negative_margin=0.1),
                 checkpoint_every=2000,
             ),
@@ -82,7 +84,8 @@ def tiny(run: Run) -> Run:
     )
     pretrain, sft, weak, supervised = run.stages
     buckets = {"retrieval": Bucket(32, 48), "clr": Bucket(32, 48), "classification": Bucket(32, 16), "sts": Bucket(24, 24)}
-    tasks = tuple(dataclasses.replace(t, global_batch_size=8, bucket=buckets[t.name], num_negatives=2) for t in supervised.tasks)
+    tasks = tuple(dataclasses.replace(t, global_batch_size=8, bucket=buckets[t.name]) for t in supervised.tasks)
+    tasks = tuple(dataclasses.replace(t, num_negatives=2) if t.kind == "classification" else t for t in tasks)
     return dataclasses.replace(
         run, name="conan_v2_tiny", output_dir="", data_dir="", model=model,
         tokenizer=dataclasses.replace(run.tokenizer, vocab_size=512),

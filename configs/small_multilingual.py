@@ -12,6 +12,8 @@ from conan_jax.config import (
     SoftMask, SupervisedStage, Task, Tokenizer, WeakStage,
 )
 
+VARIANTS = {"full": "four stages on two CPU cores", "tiny": "every stage for a few steps, on the first records of each set"}
+
 SEARCH = "Given a question, retrieve passages that answer it"
 RETRIEVAL_LANGUAGES = ("en", "zh", "ja")
 STS_LANGUAGES = ("en", "de", "es", "fr", "ja", "nl", "pt", "zh")

@@ -1,4 +1,4 @@
-"""`conan config show`: the whole of a recipe, after overrides."""
+"""`conan config show`: the whole of a recipe, after overrides. `conan config list`: the variants of a recipe file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import typer
 
 app = typer.Typer(help="Show configurations.", no_args_is_help=True, rich_markup_mode="rich")
 
-ConfigArgument = typer.Argument(help="A configuration file, or FILE:tiny for its small variant.", metavar="CONFIG")
-SetOption = typer.Option([], "--set", metavar="KEY=VALUE", help="Override one value; may be given many times.")
+ConfigArgument = typer.Argument(
+    help="A configuration file, or FILE:VARIANT; `conan config list FILE` shows its variants.", metavar="CONFIG")
+SetOption = typer.Option(
+    [], "--set", metavar="KEY=VALUE",
+    help="Override one value, in any order and number: weak.steps=100. A new name adds a member, "
+         "datasets.notes='{\"kind\": \"text\", \"source\": \"notes.txt\"}'; null drops one, stages.weak=null.")
 
 
 @app.command("show")
@@ -36,3 +40,17 @@ def show(
     else:
         typer.echo(config_io.render(run), nl=False)
         typer.echo(f"# parameters: {parameters:,}")
+
+
+@app.command("list")
+def list_variants(file: str = typer.Argument(help="A configuration file.", metavar="FILE")) -> None:
+    """Print the variants of a recipe file, each with a line about it.
+
+    Examples:
+
+        conan config list configs/demo.py
+    """
+    from conan_jax import config_io
+
+    for name, text in config_io.variants(file).items():
+        typer.echo(f"{file}:{name}" + (f"  {text}" if text else ""))

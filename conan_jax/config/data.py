@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from conan_jax.config.checks import check, positive
+from conan_jax.config.checks import LARGEST_COUNT, check, check_values, one_of, path_name, positive, read_under
 
 
 RecordKind = Literal["text", "sft", "pair", "retrieval", "sts", "labelled"]
@@ -32,10 +32,14 @@ class Dataset:
     clean: Literal["html"] | None = None
 
     def __post_init__(self) -> None:
-        check(self.name.replace("_", "").replace("-", "").isalnum(), f"dataset name {self.name!r} may hold letters, digits, - and _ only")
+        check_values(self)
+        path_name("dataset", self.name)
+        check("." not in self.name, f"dataset name {self.name!r} may hold letters, digits, - and _ only")
+        one_of("record kind", self.kind, get_args(RecordKind))
         check(0 <= self.max_reject_rate <= 1, f"{self.name}.max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
-        check(self.limit is None or self.limit > 0, f"{self.name}.limit must be positive or null, got {self.limit}")
+        check(self.limit is None or 0 < self.limit <= LARGEST_COUNT, f"{self.name}.limit must be positive or null, got {self.limit}")
         check(self.clean in (None, "html"), f"{self.name}.clean must be 'html' or null, got {self.clean!r}")
+        read_under(self, "kind", self.kind, {"instruction": ([kind for kind in get_args(RecordKind) if kind != "text"], "")})
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Mix:
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        check(self.weight is None or self.weight > 0, f"the weight of {self.dataset} must be positive or null, got {self.weight}")
+        check_values(self)
+        positive(self, "weight")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Bucket:
     passage_length: int
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive(self, "query_length", "passage_length")
 
 
@@ -75,13 +81,21 @@ class Task:
     global_batch_size: int
     bucket: Bucket
     weight: float = 1.0
-    in_batch_negatives: bool = True  # used by retrieval and classification
-    num_negatives: int = 7  # used by classification
-    positives: Literal["label", "example"] = "label"  # used by classification
+    in_batch_negatives: bool | None = None  # retrieval and classification; True by default
+    num_negatives: int | None = None  # classification; 7 by default
+    positives: Literal["label", "example"] | None = None  # classification; "label" by default
 
     def __post_init__(self) -> None:
+        check_values(self)
+        path_name("task", self.name)
+        one_of("task kind", self.kind, ("retrieval", "classification", "sts"))
         check(bool(self.datasets), f"task {self.name!r} names no datasets")
         positive(self, "global_batch_size", "weight", "num_negatives")
+        read_under(self, "kind", self.kind, {
+            "in_batch_negatives": (("retrieval", "classification"), True),
+            "num_negatives": (("classification",), 7),
+            "positives": (("classification",), "label"),
+        })
 
 
 EvaluationKind = Literal["retrieval", "sts", "classification", "clustering", "bitext", "mkqa"]
@@ -107,7 +121,7 @@ class Evaluation:
     kind: EvaluationKind
     path: str
     train_path: str | None = None
-    split: str = "dev"
+    split: str | None = None  # retrieval: the qrels to read; "dev" by default
     instruction: str = ""
     prompt_name: str | None = None
     max_queries: int | None = None
@@ -116,13 +130,15 @@ class Evaluation:
     main: bool = False
 
     def __post_init__(self) -> None:
+        check_values(self)
         where = f"evaluation {self.name!r}"
         check(bool(self.name.strip()), "an evaluation has an empty name")
         kinds = get_args(EvaluationKind)
         check(self.kind in kinds, f"{where}: unknown kind {self.kind!r}; use one of {', '.join(kinds)}")
+        read_under(self, "kind", self.kind, {"split": (("retrieval",), "dev")})
         check(self.kind != "classification" or self.train_path is not None, f"{where} needs train_path, the labelled texts to learn from")
         check(self.kind == "classification" or self.train_path is None, f"{where}: only classification has a train_path")
         check(not self.instruction or self.prompt_name is None, f"{where} has an instruction and a prompt_name; give one of them")
-        check(self.max_queries is None or self.max_queries > 0, f"{where}: max_queries must be positive or null, got {self.max_queries}")
+        positive(self, "max_queries", "max_length")
         check(self.max_length >= 2, f"{where}: max_length must be at least 2, a token and EOS; got {self.max_length}")
         check(len(set(self.languages)) == len(self.languages), f"{where}: languages repeats one of {', '.join(self.languages)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from conan_jax.config.checks import check, positive
+from conan_jax.config.checks import check, check_values, positive, read_under
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         check(self.low_freq_factor < self.high_freq_factor,
                f"rope_scaling.low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}")
@@ -59,17 +60,15 @@ class Model:
     attention_block_size: int = 512  # tokens a side, of "blockwise"; off a TPU, "auto" is dense up to one block
 
     def __post_init__(self) -> None:
+        check_values(self)
         positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
-                  "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "embedding_multiplier", "attention_block_size")
-        check(self.embedding_initializer_range is None or self.embedding_initializer_range > 0,
-               f"model.embedding_initializer_range must be positive or null, got {self.embedding_initializer_range}")
+                  "max_length", "rope_theta", "rms_norm_eps", "initializer_range", "embedding_initializer_range", "embedding_multiplier",
+                  "attention_block_size", "attention_head_dim")
         check(0 <= self.hidden_dropout < 1, f"model.hidden_dropout must lie in [0, 1), got {self.hidden_dropout}")
         if self.attention_head_dim is None:
             check(self.hidden_size % self.num_heads == 0,
                    f"model.hidden_size {self.hidden_size} must be a multiple of model.num_heads {self.num_heads}, "
                    "or model.attention_head_dim be given")
-        else:
-            positive(self, "attention_head_dim")
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE; change model.num_heads or model.attention_head_dim")
         check(self.num_heads % self.num_kv_heads == 0,
                f"model.num_heads {self.num_heads} must be a multiple of model.num_kv_heads {self.num_kv_heads}")
@@ -82,16 +81,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """SentencePiece BPE with byte fallback, trained on `datasets`; or, with a `path`, whatever tokenizer lies there."""
+    """SentencePiece BPE with byte fallback, trained on `datasets`; or, with a `path`, the tokenizer in that folder.
 
-    vocab_size: int = 151_000
+    With a `path` the other fields have no meaning. `--set tokenizer='{"path": "FOLDER"}'` replaces all of them.
+    """
+
+    vocab_size: int | None = None  # 151,000 by default
     path: str | None = None
-    datasets: tuple[str, ...] = ()
-    character_coverage: float = 0.9999
-    max_training_bytes: int = 2_000_000_000
+    datasets: tuple[str, ...] = ()  # empty: all datasets of the stages
+    character_coverage: float | None = None  # 0.9999 by default
+    max_training_bytes: int | None = None  # 2,000,000,000 by default
 
     def __post_init__(self) -> None:
-        check(self.path is not None or self.vocab_size >= 264,
-               f"tokenizer.vocab_size must hold 256 bytes and the special ids, got {self.vocab_size}")
-        check(0.9 <= self.character_coverage <= 1, f"tokenizer.character_coverage must lie in [0.9, 1], got {self.character_coverage}")
-        positive(self, "max_training_bytes")
+        check_values(self)
+        positive(self, "vocab_size", "max_training_bytes")
+        read_under(self, "path", self.path, {
+            "vocab_size": ((None,), 151_000), "datasets": ((None,), ()), "character_coverage": ((None,), 0.9999),
+            "max_training_bytes": ((None,), 2_000_000_000),
+        })
+        if self.path is None:
+            check(self.vocab_size >= 264, f"tokenizer.vocab_size must hold 256 bytes and the special ids, got {self.vocab_size}")
+            check(0.9 <= self.character_coverage <= 1, f"tokenizer.character_coverage must lie in [0.9, 1], got {self.character_coverage}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from string import ascii_letters, digits
 
-from conan_jax.config.checks import check
+from conan_jax.config.checks import check, check_new, check_values, distinct, path_name, positive
 from conan_jax.config.data import Dataset, Evaluation
 from conan_jax.config.model import Model, Tokenizer
 from conan_jax.config.objectives import Matryoshka
 from conan_jax.config.stages import AnyStage, LMStage, Stage, SupervisedStage, WeakStage
 from conan_jax.config.training import Mesh
 from conan_jax.errors import ConfigError
+
+RESERVED_DATASETS = frozenset({"tokenizer", "tokenizers", "packed", "indexes", "docstrings"})  # folders of data_dir
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,21 @@ class Run:
     watchdog_seconds: int = 1800  # a step, a compilation or a save that takes longer is taken for a hang
 
     def __post_init__(self) -> None:
-        check(bool(self.name) and set(self.name) <= set(f"{ascii_letters}{digits}_-.") and self.name.strip(".") != "",
-               f"name {self.name!r} may hold letters, digits, '-', '_' and '.' only: it names the folder runs/NAME")
-        check(self.watchdog_seconds > 0, f"watchdog_seconds must be positive, got {self.watchdog_seconds}")
+        check_values(self)
+        path_name("run", self.name)
+        positive(self, "watchdog_seconds")
+        check_new(0 <= self.seed < 2**32, f"seed must lie in [0, 2^32): random keys hold 32 bits of it; got {self.seed}")
+        check(bool(self.stages), f"run {self.name!r} has no stages; give it at least one")
         object.__setattr__(self, "output_dir", self.output_dir or f"runs/{self.name}")
         object.__setattr__(self, "data_dir", self.data_dir or f"{self.output_dir}/data")
         for what, items in (("stage", self.stages), ("dataset", self.datasets), ("evaluation", self.evaluations)):
-            names = [i.name for i in items]
-            check(len(set(names)) == len(names), f"a {what} name occurs twice: {names}")
+            distinct(what, [i.name for i in items])
+        for dataset in self.datasets:
+            path_name("dataset", dataset.name, RESERVED_DATASETS)
+        for evaluation in self.evaluations:
+            path_name("evaluation", evaluation.name)
+        main = [e.name for e in self.evaluations if e.main]
+        check_new(len(main) <= 1, f"the evaluations {' and '.join(map(repr, main))} are both main; the summary has one main set")
         known = {d.name for d in self.datasets}
         for owner, used in self._dataset_uses():
             check(used in known, f"{owner} uses dataset {used!r}, which the run does not define (known: {', '.join(sorted(known))})")

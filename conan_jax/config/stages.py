@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from conan_jax.config.checks import check, positive
+from conan_jax.config.checks import check, check_new, check_values, distinct, path_name, positive, read_under
 from conan_jax.config.data import Bucket, Mix, Task
 from conan_jax.config.objectives import Contrastive, HardNegatives, Matryoshka, SoftMask
 from conan_jax.config.training import Optimizer
+from conan_jax.errors import ConfigError
+
+# What else lies in the folder of a run, and the fields of a run, which `--set` reads before the names of stages.
+RESERVED = frozenset({
+    "data", "untrained", "bm25", "eval", "index", "export", "checkpoints", "tensorboard",
+    "config.json", "summary.json", "timings.json", "report.html", "searches.json", "prepared.json", "import.json", "merge.json",
+    "evaluation.json", "diagnostics.json", "metrics.jsonl", "launch.json",
+    "name", "stages", "datasets", "model", "tokenizer", "mesh", "evaluations", "seed", "output_dir", "init_from", "data_dir",
+    "watchdog_seconds",
+})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +35,8 @@ class Stage:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        check_values(self)
+        path_name("stage", self.name, RESERVED)
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
@@ -66,8 +79,7 @@ class WeakStage(Stage):
         super().__post_init__()
         check(bool(self.datasets), f"stage {self.name!r} names no datasets")
         check(bool(self.buckets), f"stage {self.name!r} names no buckets")
-        positive(self, "global_batch_size")
-        _check_chunk(self)
+        positive(self, "global_batch_size", "encode_chunk_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +91,30 @@ class SupervisedStage(Stage):
     update: Literal["all_tasks", "one_task"] = "all_tasks"
     hard_negatives: HardNegatives = HardNegatives()
     contrastive: Contrastive = Contrastive(false_negative_margin=None)
-    cosent_temperature: float = 0.05
+    cosent_temperature: float | None = None  # of sts tasks; 0.05 by default
     matryoshka: Matryoshka = Matryoshka()
     encode_chunk_size: int | None = None  # texts a device whose activations exist at one time; None: all of a call at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.tasks), f"stage {self.name!r} names no tasks")
-        names = [t.name for t in self.tasks]
-        check(len(set(names)) == len(names), f"stage {self.name!r} names a task twice: {names}")
-        positive(self, "cosent_temperature")
-        _check_chunk(self)
+        distinct("task", [t.name for t in self.tasks])
+        positive(self, "cosent_temperature", "encode_chunk_size")
+        read_under(self, "sts tasks", any(t.kind == "sts" for t in self.tasks), {"cosent_temperature": ((True,), 0.05)})
+        self._check_objectives()
+
+    def _check_objectives(self) -> None:
+        """Objectives that no task has are not set."""
+        contrastive = [t for t in self.tasks if t.kind != "sts"]
+        for name, read in (("hard_negatives", any(t.kind == "retrieval" for t in self.tasks)), ("contrastive", bool(contrastive))):
+            default = SupervisedStage.__dataclass_fields__[name].default
+            if not read and getattr(self, name) != default:
+                check_new(False, f"{self.name}.{name} is set, and no task of the stage reads it; remove it")
+                object.__setattr__(self, name, default)
+        if contrastive and not any(t.in_batch_negatives for t in contrastive):
+            for name in ("query_query", "passage_passage", "symmetric"):
+                check_new(not getattr(self.contrastive, name), f"{self.name}.contrastive.{name} compares the examples of a batch with each "
+                          "other, and no task of the stage has in_batch_negatives; remove it, or set in_batch_negatives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +127,10 @@ class CustomStage(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(":" in self.kind, f'stage kind {self.kind!r} must be "package.module:attr"')
-
-
-def _check_chunk(stage: WeakStage | SupervisedStage) -> None:
-    size = stage.encode_chunk_size
-    check(size is None or size > 0, f"{stage.name}.encode_chunk_size must be positive or null, got {size}")
+        try:
+            json.dumps(self.options, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{self.name}.options cannot be saved as JSON: {error}") from None
 
 
 AnyStage = LMStage | WeakStage | SupervisedStage | CustomStage

@@ -98,7 +98,7 @@ def merge(
 
     stage = run.stage(metadata[0]["stage"])
     step = max(other["step"] for other in metadata if other["stage"] == stage.name and other["config"]["name"] == run.name)
-    run = replace(run, **placed(Path(out), tokenizer))
+    run = replace(run, **placed(Path(out)))
     sources = tuple((str(folder), step, share) for (folder, step), share in zip(found, shares))
     described = {"method": method, "sources": [{"folder": f, "step": s, "weight": w} for f, s, w in sources], "taken_linearly": straight}
     write_run(Path(out), run, stage, step, params, tokenizer, {"merge.json": described})

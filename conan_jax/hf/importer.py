@@ -130,7 +130,7 @@ def import_folder(
     if sentences is not None:
         options |= {"texts": asdict(sentences.texts), "prompts": sentences.prompts}
     stage = config.CustomStage(name=STAGE, kind=KIND, steps=1, options=options)
-    run = config.Run(stages=(stage,), datasets=(), model=model, **placed(out, tokenizer))
+    run = config.Run(stages=(stage,), datasets=(), model=model, **placed(out))
     write_run(out, run, stage, 1, params, tokenizer, {ORIGIN_FILE: asdict(origin)})
     return Imported(run, origin, tokenizer, tuple(notes))
 
@@ -147,10 +147,10 @@ def read_origin(run: str | os.PathLike[str]) -> Origin | None:
         raise DataError(f"{path} is damaged ({error}); import the model again") from error
 
 
-def placed(out: Path, tokenizer: AnyTokenizer) -> dict[str, Any]:
+def placed(out: Path) -> dict[str, Any]:
     """What a run says of itself when `write_run` writes it to `out`, with its tokenizer."""
     return {"name": _name(out), "output_dir": str(out), "data_dir": f"{out}/data",
-            "tokenizer": config.Tokenizer(vocab_size=tokenizer.vocab_size, path=f"{out}/data/tokenizer")}
+            "tokenizer": config.Tokenizer(path=f"{out}/data/tokenizer")}
 
 
 def write_run(

@@ -139,7 +139,8 @@ class Supervised:
         if self._retrieval:
             hard = c.hard_negatives
             facts["hard negatives"] = f"{hard.num_negatives} of a pool of {hard.pool_size}, rule {hard.rule}"
-        facts["temperature"] = f"{c.contrastive.temperature:g} InfoNCE, {c.cosent_temperature:g} CoSENT"
+        sts = "" if c.cosent_temperature is None else f", {c.cosent_temperature:g} CoSENT"
+        facts["temperature"] = f"{c.contrastive.temperature:g} InfoNCE{sts}"
         if c.matryoshka.dims:
             facts["matryoshka dims"] = ", ".join(map(str, c.matryoshka.dims))
         return facts

@@ -44,7 +44,7 @@ class Weak:
     def mask(self, step: Any) -> SoftMask:
         """The soft mask at alpha(step)."""
         soft = self.config.soft_mask
-        return SoftMask(alpha_at(step, self.config.steps, soft), soft.apply, soft.index)
+        return SoftMask(alpha_at(step, self.config.steps, soft), soft.apply or "log", soft.index or "key")
 
     def describe(self) -> dict[str, str | int | float]:
         """Batch, negatives and mask; what a device does under the current mesh."""

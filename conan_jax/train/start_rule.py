@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conan_jax import config
-from conan_jax.config_io import from_dict, to_dict
+from conan_jax.config_io import from_dict, split_step, to_dict
 from conan_jax.errors import CheckpointError
 from conan_jax.files import read_json
 from conan_jax.stages.base import Params
@@ -114,9 +114,7 @@ def locate(place: str | Path) -> tuple[Path, int]:
 
     Raises `CheckpointError` when there is no such complete step.
     """
-    text = str(place)
-    name, at, number = text.rpartition("@")
-    folder, step = (Path(name), int(number)) if at and number.isdecimal() else (Path(text), None)
+    folder, step = split_step(place)
     if checkpoint.latest_step(folder) is None and (settings := read_json(folder / "config.json")) is not None:
         names = [stage.name for stage in from_dict(settings).stages]
         trained = [folder / name for name in names if checkpoint.latest_step(folder / name) is not None]

@@ -117,7 +117,7 @@ def test_changed_records_remake_their_rows(run, tmp_path):
 
 def test_a_ready_tokenizer_is_used_as_it_is(run, tmp_path):
     folder, trained = prepare_tokenizer(run)
-    ready = c.Tokenizer(vocab_size=500, path=str(folder))
+    ready = c.Tokenizer(path=str(folder))
     other = dataclasses.replace(run, data_dir=str(tmp_path / "other"), tokenizer=ready)
     assert prepare(other).tokenizer.sha256 == trained.sha256
     assert not (tmp_path / "other" / "tokenizers").exists()
@@ -136,7 +136,7 @@ def test_what_cannot_train_is_refused_before_training(run):
     with pytest.raises(DataError, match="'pairs' holds 60 records, fewer than the global batch of 64"):
         prepare(dataclasses.replace(run, stages=(*run.stages[:2], weak)))
     folder, _ = prepare_tokenizer(run)
-    big = dataclasses.replace(run, tokenizer=c.Tokenizer(vocab_size=480, path=str(folder)),
+    big = dataclasses.replace(run, tokenizer=c.Tokenizer(path=str(folder)),
                               model=dataclasses.replace(run.model, vocab_size=490))
     with pytest.raises(ConfigError, match="500 tokens but model.vocab_size is 490"):
         prepare(big)

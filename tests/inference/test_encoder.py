@@ -401,7 +401,7 @@ def test_a_stage_comes_back_with_its_weights_mask_and_identity(trained, tokenize
 
 
 def test_the_tokenizer_lies_where_a_variable_says(trained, tokenizer, tmp_path, monkeypatch):
-    run = dataclasses.replace(trained, tokenizer=config.Tokenizer(vocab_size=330, path="$PLACE/words"),
+    run = dataclasses.replace(trained, tokenizer=config.Tokenizer(path="$PLACE/words"),
                               output_dir=str(tmp_path / "other"), data_dir=str(tmp_path / "other/data"))
     save(run, run.stage("weak"), params_of(Embedder(MODEL)), tokenizer)
     monkeypatch.delenv("PLACE", raising=False)

@@ -69,7 +69,7 @@ def test_the_gradient_costs_one_pass_and_the_value_alone_none():
 def test_micro_batches_divide_the_batch():
     with pytest.raises(ConfigError, match="gradient_accumulation_steps 3 must divide sft.global_batch_size 8"):
         dataclasses.replace(examples.STAGES["sft"], gradient_accumulation_steps=3)
-    with pytest.raises(ConfigError, match="weak.encode_chunk_size must be positive or null, got 0"):
+    with pytest.raises(ConfigError, match="encode_chunk_size must be positive, got 0"):
         dataclasses.replace(examples.STAGES["weak"], encode_chunk_size=0)
     with pytest.raises(ConfigError, match="hidden_dropout"):
         config.Model(hidden_dropout=1.0)

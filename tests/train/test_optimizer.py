@@ -15,14 +15,14 @@ def schedule_by_hand(o: config.Optimizer, steps: int, count: int) -> float:
     if count < warmup:
         return o.learning_rate * (count + 1) / warmup
     u = min((count - warmup) / max(steps - 1 - warmup, 1), 1)
-    f = o.final_fraction
+    f = o.final_fraction or 0.0
     return o.learning_rate * {"cosine": f + (1 - f) * (1 + np.cos(np.pi * u)) / 2, "linear": 1 - (1 - f) * u, "constant": 1.0}[o.schedule]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("steps, warmup", [(100, 0.05), (40, 0.0), (7, 0.3), (1, 0.05), (3, 1.0)])
 def test_schedule_matches_its_formula(kind, steps, warmup):
-    o = config.Optimizer(learning_rate=3e-3, schedule=kind, warmup_fraction=warmup, final_fraction=0.1)
+    o = config.Optimizer(learning_rate=3e-3, schedule=kind, warmup_fraction=warmup, final_fraction=None if kind == "constant" else 0.1)
     schedule = learning_rate_at(o, steps)
     np.testing.assert_allclose([schedule(t) for t in range(steps)], [schedule_by_hand(o, steps, t) for t in range(steps)], rtol=1e-5)
 
