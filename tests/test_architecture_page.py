@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conan_jax import sharding
-from conan_jax.data.folders import RESERVED
+from conan_jax.config.run import RESERVED_DATASETS
 from conan_jax.stages.base import Stage
 
 ROOT = Path(__file__).parent.parent
@@ -50,4 +50,4 @@ def test_the_contract_of_a_stage_is_the_protocol():
 
 
 def test_the_folders_of_prepared_data_are_named():
-    assert {folder for folder in RESERVED if f"runs/NAME/data/{folder}/" not in PAGE} == set()
+    assert {folder for folder in RESERVED_DATASETS if f"runs/NAME/data/{folder}/" not in PAGE} == set()

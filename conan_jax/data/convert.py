@@ -22,7 +22,7 @@ from conan_jax.data import example, readers, shards
 from conan_jax.data.artifacts import lock
 from conan_jax.data.manifest import MANIFEST, REJECTS, Manifest, SourceFile, manifest_in, read_manifest, sha256_of, verify
 from conan_jax.data.schema import REASONS, Reject, check_fields, parse
-from conan_jax.errors import DataError
+from conan_jax.errors import ConfigError, DataError
 from conan_jax.files import partial_path, unusable
 
 _EXCERPT = 500
@@ -109,8 +109,35 @@ def find_dataset(dataset: Dataset, folders: Iterable[Path], *, num_shards: int |
                  if manifest.reject_rate <= dataset.max_reject_rate and _same_source(manifest, plan, sha256)), None)
 
 
+def named_dataset(dataset: Dataset) -> tuple[Path, Manifest] | None:
+    """The folder and the manifest of the built dataset that `dataset.source` names, None where the source is raw data.
+
+    The records are used as they were built. Raises `ConfigError` when `dataset` asks for others (another kind, fields, limit, clean, or
+    fewer rejects), and `DataError` when the folder is damaged.
+    """
+    parts = readers.split(dataset.source)
+    folder = Path(os.path.expanduser(parts[0])) if len(parts) == 1 else None
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    where = f"dataset {dataset.name!r}: {folder} is a built dataset"
+    if manifest.kind != dataset.kind:
+        raise ConfigError(f"{where} of kind {manifest.kind!r}, and the recipe says {dataset.kind!r}; set kind to {manifest.kind!r}")
+    if read := [name for name in ("fields", "limit", "clean") if getattr(dataset, name)]:
+        raise ConfigError(f"{where}, which is used as it is: {' and '.join(read)} cannot change it; remove {' and '.join(read)} here, and "
+                          "give what you need to `conan data build`")
+    if manifest.reject_rate > dataset.max_reject_rate:
+        raise ConfigError(f"{where} with a share of {manifest.reject_rate:.3g} of its records rejected, above max_reject_rate "
+                          f"{dataset.max_reject_rate:g}; raise max_reject_rate, or build it from better records")
+    verify(folder, manifest, hashes=False)
+    return folder, manifest
+
+
 def difference(dataset: Dataset, built: Manifest, num_shards: int | None = None) -> str:
     """What of settings and source differs between `dataset` and a build of it, in words; "" when nothing does."""
+    if (named := named_dataset(dataset)) is not None:
+        same = named[1].shards == built.shards
+        return "" if same else f"its source {named[0]} holds {named[1].records:,} other records; it gave {built.records:,}"
     if built.settings != (settings := _settings(dataset, num_shards)):
         pairs = {key: (built.settings.get(key), settings.get(key)) for key in settings | built.settings}
         changed = [f"{key} {before!r} -> {now!r}" for key, (before, now) in pairs.items() if before != now]

@@ -14,7 +14,6 @@ from pathlib import Path
 from conan_jax import config
 from conan_jax.data.manifest import MANIFEST, Manifest
 
-RESERVED = frozenset({"tokenizer", "tokenizers", "packed", "indexes", "docstrings"})  # names a dataset cannot have
 _DIGITS = 12  # of a fingerprint in a name
 
 

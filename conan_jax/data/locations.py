@@ -15,7 +15,12 @@ DOCSTRINGS = "docstrings:"
 
 
 def expand_variables(path: str) -> str:
-    """`path` with `$NAME` and `${NAME}` taken from the environment; raises `DataError` naming a variable that is not set."""
+    """`path` with `$NAME` and `${NAME}` taken from the environment; a path that exists as it is written is taken as it is.
+
+    Raises `DataError` naming a variable that is not set.
+    """
+    if os.path.exists(path):
+        return path
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)

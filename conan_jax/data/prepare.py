@@ -16,9 +16,9 @@ from conan_jax import config
 from conan_jax.data import locations
 from conan_jax.data.access import blocks
 from conan_jax.data.artifacts import make_once
-from conan_jax.data.convert import difference, find_dataset, rejects_file, write_dataset
+from conan_jax.data.convert import difference, find_dataset, named_dataset, rejects_file, write_dataset
 from conan_jax.data.folders import (
-    RESERVED, content_fingerprint, dataset_folder, dataset_folders, earlier_packed_folder, fingerprint, packed_folder, tokenizer_folder,
+    content_fingerprint, dataset_folder, dataset_folders, earlier_packed_folder, fingerprint, packed_folder, tokenizer_folder,
     tokenizer_folders,
 )
 from conan_jax.data.manifest import Manifest, manifest_in
@@ -50,8 +50,8 @@ def prepare(run: config.Run, *, stages: Collection[str] | None = None, begun: Co
         console: shows progress bars.
 
     Raises:
-        ConfigError: a begun stage was trained with other data or another tokenizer (found before anything is built), a dataset has a
-            reserved name, or the tokenizer is larger than the model's vocabulary.
+        ConfigError: a begun stage was trained with other data or another tokenizer (found before anything is built), or the tokenizer
+            is larger than the model's vocabulary.
         DataError: as `write_dataset`, `train_tokenizer` and `pack`.
     """
     parts = _Parts(run, begun, console)
@@ -137,8 +137,6 @@ class _Parts:
 
     def dataset(self, name: str) -> Built:
         """The folder and the manifest of a dataset."""
-        if name in RESERVED:
-            raise ConfigError(f"a dataset cannot be called {name!r}, which is a folder of the prepared data; rename it")
         located = self._located(name)
 
         def make(private: Path) -> Path:
@@ -219,9 +217,13 @@ class _Parts:
 
     def _located(self, name: str) -> config.Dataset:
         dataset = self.run.dataset(name)
+        if not dataset.source.startswith(locations.DOCSTRINGS):
+            return dataset  # the readers expand variables, part by part
         return dataclasses.replace(dataset, source=locations.resolve(self.run, dataset.source, lambda: self._corpus))
 
     def _find_dataset(self, name: str) -> Built | None:
+        if (named := named_dataset(self._located(name))) is not None:
+            return named
         part = self.record.datasets.get(name)
         recorded = [self.data_dir / part["folder"]] if part is not None else []
         return find_dataset(self._located(name), dict.fromkeys([*recorded, *dataset_folders(self.data_dir, name)]), say=self._say)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from conan_jax.data.lines import COMPRESSIONS, MAX_LINE_BYTES, read_lines
 from conan_jax.data.locations import expand_variables
+from conan_jax.data.manifest import MANIFEST
 from conan_jax.data.schema import Reject, is_blank
 from conan_jax.errors import DataError
 
@@ -74,7 +75,7 @@ def expand(source: str) -> Plan:
     parts: list[Path | str] = []
     left_out: list[Path] = []
     seen: set[str] = set()
-    for part in _split(source):
+    for part in split(source):
         if part.startswith("tfds:"):
             parts.append(part)
             continue
@@ -134,7 +135,7 @@ def _once(files: Iterable[Path]) -> list[Path]:
     return sorted(names.values())
 
 
-def _split(source: str) -> list[str]:
+def split(source: str) -> list[str]:
     """The parts of a source, variables expanded; a ";" or "$" in the name of a path that exists belongs to the name."""
     pieces, parts = source.split(SEPARATOR), []
     while pieces:
@@ -151,7 +152,10 @@ def _in_directory(folder: Path) -> tuple[list[Path], list[Path]]:
     files = files_below(folder)
     built = next((file for file in files if ".array_record" in file.name), None)
     if built is not None:
-        raise DataError(f"{built.parent} is an ArrayRecord dataset already; read it as tfds:{built.parent}:train, or train on it as it is")
+        if (built.parent / MANIFEST).exists():
+            raise DataError(f"{built.parent} is a built dataset already. A recipe takes its folder as the whole source of a dataset; "
+                            "to build another one, name the raw files")
+        raise DataError(f"{built.parent} is an ArrayRecord dataset already; read it as tfds:{built.parent.absolute()}:SPLIT")
     known = [file for file in files if _format(file)]
     if not known:
         raise DataError(f"the directory {folder} holds no file of a known type ({_KNOWN})")

@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conan_jax import config as c
+from conan_jax.data import locations
+from conan_jax.data.convert import build_dataset, named_dataset
 from conan_jax.data.packing import open_packed
 from conan_jax.data.pipeline import Pipeline
 from conan_jax.data.prepare import prepare, prepare_tokenizer
+from conan_jax.data.prepared import Prepared
+from conan_jax.data.sources import open_source
 from conan_jax.data.tokenizer import Tokenizer
 from conan_jax.errors import ConfigError, DataError
 from tests.data.corpus import sentences
@@ -222,3 +227,47 @@ def test_a_limited_dataset_shows_the_rate_of_what_was_read():
             time.sleep(0.15)
     last = [line for line in drawn.getvalue().splitlines() if "100%" in line][-1]
     assert int(re.search(r"([\d,]+) bytes/s", last)[1].replace(",", "")) < 10**5
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_folder_of_a_built_dataset_is_a_source(run, tmp_path, monkeypatch, absolute):
+    plain = prepare(run)
+    monkeypatch.chdir(tmp_path)
+    build_dataset(run.dataset("pairs"), "built/questions")
+    place = str(tmp_path / "built/questions") if absolute else "built/questions"
+    named = dataclasses.replace(run.dataset("pairs"), source=place)
+    datasets = tuple(named if d.name == "pairs" else d for d in run.datasets)
+    other = dataclasses.replace(run, datasets=datasets, output_dir=str(tmp_path / "named"))
+    prepared = prepare(other)
+    ours, theirs = open_source(prepared.dataset("pairs")), open_source(plain.dataset("pairs"))
+    assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    assert prepared.dataset("pairs").absolute() == tmp_path / "built/questions"
+    assert Prepared.load(other).dataset("pairs").absolute() == tmp_path / "built/questions"
+    prepare(other, begun=["weak"])  # the same records again
+    build_dataset(dataclasses.replace(run.dataset("pairs"), limit=30), "built/questions", force=True)
+    with pytest.raises(ConfigError, match="'pairs'"):
+        prepare(other, begun=["weak"])
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"kind": "sts"}, "kind"), ({"limit": 3}, "limit"), ({"fields": {"query": "pos"}}, "fields"), ({"clean": "html"}, "clean"),
+])
+def test_a_built_dataset_as_a_source_is_used_as_it_is(run, tmp_path, change, named):
+    build_dataset(run.dataset("pairs"), tmp_path / "built")
+    with pytest.raises(ConfigError, match=named):
+        named_dataset(dataclasses.replace(run.dataset("pairs"), source=str(tmp_path / "built"), **change))
+    two = dataclasses.replace(run.dataset("pairs"), source=f"{tmp_path / 'built'};{run.dataset('pairs').source}")
+    for source in (two.source, str(tmp_path / "built")):
+        with pytest.raises(DataError, match="built"):
+            build_dataset(dataclasses.replace(two, source=source), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_names_with_signs_of_the_syntax_are_read_where_they_exist(run, tmp_path):
+    raw = tmp_path / "a;b$UNSET_HERE.jsonl"
+    raw.write_bytes(Path(run.dataset("docs").source).read_bytes())
+    docs = dataclasses.replace(run.dataset("docs"), source=str(raw))
+    changed = dataclasses.replace(run, datasets=(docs, *run.datasets[1:]), output_dir=str(tmp_path / "other"))
+    assert prepare(changed).datasets["docs"] == prepare(run).datasets["docs"]
+    with pytest.raises(DataError, match="UNSET_HERE"):
+        locations.expand_variables("$UNSET_HERE/x")
