@@ -57,7 +57,7 @@ def test_a_second_build_says_what_became_of_the_first(tmp_path, csv):
     assert "conan:" not in said()
     assert "already built from this source; nothing to do" in said()
     limited = said("--limit", "2")
-    assert "the 3 pair records" in limited and "nothing to do" not in limited
+    assert "its 3 pair records" in limited and "nothing to do" not in limited
     assert "100%" in limited and "2 records" in limited
 
 
