@@ -127,6 +127,11 @@ class JsonTokenizer:
         """Content of the `tokenizer_config.json` that it came with; {} without one."""
         return dict(self._settings)
 
+    @property
+    def lower_case(self) -> bool:
+        """True when every text is lowered before it is tokenised."""
+        return _lowers(json.loads(self._content))
+
     def content(self) -> dict[str, Any]:
         """Return a `tokenizer.json` whose readers get what the model is trained on: the ids of `encode`, in the frame."""
         names = {i: self.token(i) for i in (*self.prefix_ids, *self.suffix_ids)}
@@ -201,11 +206,18 @@ def framed_by(prefix: Sequence[tuple[str, int]], suffix: Sequence[tuple[str, int
 
 def _lowering(content: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer.json that lowers texts first, as sentence-transformers does under `do_lower_case`; unchanged where it does already."""
-    given = content.get("normalizer")
-    steps = given["normalizers"] if given and given["type"] == "Sequence" else [given] if given else []
-    if any(step["type"] == "Lowercase" for step in steps):
+    if _lowers(content):
         return content
-    return {**content, "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *steps]}}
+    return {**content, "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *_normalizers(content)]}}
+
+
+def _lowers(content: dict[str, Any]) -> bool:
+    return any(step["type"] == "Lowercase" for step in _normalizers(content))
+
+
+def _normalizers(content: dict[str, Any]) -> list[dict[str, Any]]:
+    given = content.get("normalizer")
+    return given["normalizers"] if given and given["type"] == "Sequence" else [given] if given else []
 
 
 def is_tokenizer_json(path: Path) -> bool:

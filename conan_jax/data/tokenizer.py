@@ -39,6 +39,7 @@ class Tokenizer:
     pad_id, unk_id, bos_id, eos_id = PAD, UNK, BOS, EOS
     prefix_ids, suffix_ids = (), (EOS,)  # before and after every text, in rows
     reads_special = False  # no special id can be spelled by a text
+    lower_case = False  # texts are read as they are
     splits_at_spaces = True  # no piece reaches from a word over the space after it
 
     def __init__(self, model: bytes, origin: str = "the given bytes") -> None:

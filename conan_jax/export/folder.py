@@ -104,7 +104,7 @@ def _write_modules(folder: Path, source: Source, model: config.Model) -> None:
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)])
     write_json(folder / "sentence_bert_config.json", {
-        "max_seq_length": default_max_length(model, source.texts), "do_lower_case": False})
+        "max_seq_length": default_max_length(model, source.texts), "do_lower_case": source.tokenizer.lower_case})
     chosen = {"mean": "mean_tokens", "last": "lasttoken"}[model.pooling]
     legacy = {f"pooling_mode_{kind}": kind == chosen for kind in
               ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")}

@@ -92,3 +92,11 @@ def test_the_card_of_an_average_names_what_was_averaged(tmp_path):
     export(tmp_path / "a", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| average of checkpoints | 0.25 x one/weak, step 4; 0.75 x two/weak, step 6 |" in card and "/some/where" not in card
+
+
+def test_lower_case_is_exported_as_a_setting(tmp_path):
+    """transformers gives a qwen2 or qwen3 a normaliser of its own, so that of tokenizer.json is not enough."""
+    source = folders.sentence_files(folders.write(tmp_path / "source", "qwen3", causal=False)[0], transformer={"do_lower_case": True})
+    import_folder(source, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    assert read(tmp_path / "out" / "sentence_bert_config.json")["do_lower_case"] is True
