@@ -25,6 +25,7 @@ from conan_jax.errors import DataError
 MAX_RECORD_BYTES = MAX_LINE_BYTES  # of one line or paragraph; longer ones are skipped unread
 SEPARATOR = ";"
 TEXT_UNITS = ("paragraph", "line", "file")
+EVERY_LINE = "every line"  # as "line", and blank lines too: for readers whose rows are numbered as the lines of the file
 
 
 class Item(NamedTuple):
@@ -341,7 +342,7 @@ def _quoted(cell: str) -> bool:
 def _plain(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, int]]:
     """Paragraphs (parted by blank lines), lines, or the whole file."""
     unit = fields.get("text", "paragraph")
-    if unit not in TEXT_UNITS:
+    if unit not in (*TEXT_UNITS, EVERY_LINE):
         raise DataError(f"{path} is plain text, which has no column {unit!r}; map text to one of {', '.join(TEXT_UNITS)}")
     held: list[str] = []
     start, size, done = 1, 0, 0
@@ -351,12 +352,12 @@ def _plain(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, in
 
     for number, line, done in read_lines(path, MAX_RECORD_BYTES):
         text = None if line is None else line.decode("utf-8", "surrogateescape")
-        if text is not None and is_blank(text) and unit != "file":
+        if text is not None and is_blank(text) and unit not in ("file", EVERY_LINE):
             if size:
                 yield start, taken(), done
             held, size = [], 0
-        elif unit == "line":
-            yield number, _too_long() if text is None else {unit: text}, done
+        elif unit in ("line", EVERY_LINE):
+            yield number, _too_long() if text is None else {"line": text}, done
         else:
             start = start if size else number
             size += MAX_RECORD_BYTES + 1 if line is None else len(line) + 1

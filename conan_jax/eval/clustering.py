@@ -36,8 +36,8 @@ def evaluate_clustering(encoder: Any, evaluation: config.Evaluation) -> Figures:
     for language, part in parts.items():
         labels = len({r["label"] for r in part})
         if labels > SAMPLES:
-            raise DataError(f"{evaluation.path}: {labels:,} labels{f' in {language}' if language else ''}; an experiment draws {SAMPLES:,} texts, "
-                            "and each label needs one")
+            raise DataError(f"{evaluation.path}: {labels:,} labels{f' in {language}' if language else ''}; an experiment draws "
+                            f"{SAMPLES:,} texts, and each label needs one")
         if labels < 2:
             raise DataError(f"{evaluation.path}: all {len(part)} texts{f' in {language}' if language else ''} have one label; "
                             "clustering needs two")

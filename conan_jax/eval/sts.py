@@ -37,8 +37,8 @@ def evaluate_sts(encoder: Any, evaluation: config.Evaluation) -> Figures:
     for language, part in parts.items():
         figures[language] = correlations(cosine[start : start + len(part)], [r["score"] for r in part])
         if not all(map(math.isfinite, figures[language].values())):
-            raise DataError(f"{evaluation.path}: the gold scores{f' in {language}' if language else ''} are too close to each other, or too "
-                            "large, for a correlation; bring them to a usual scale, say 0 to 5")
+            raise DataError(f"{evaluation.path}: the gold scores{f' in {language}' if language else ''} are too close to each "
+                            "other, or too large, for a correlation; bring them to a usual scale, say 0 to 5")
         start += len(part)
     return combine(figures)
 

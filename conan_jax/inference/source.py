@@ -25,7 +25,7 @@ class TextSource:
     """`source` as `data.readers` takes it: jsonl, csv, tsv, parquet or txt files, each with or without .gz, globs, directories.
 
     Attributes:
-        text_field: the column that holds the text. Of plain text a line is a text.
+        text_field: the column that holds the text. Of plain text each line is a text, a blank one too, so that rows are numbered as lines.
         id_field: the column that holds ids; None numbers the texts from 0.
     """
 
@@ -39,7 +39,7 @@ class TextSource:
 
     def __iter__(self) -> Iterator[Text]:
         """Read from the beginning. Raises `DataError` naming file and line of the first record that cannot be encoded."""
-        for number, item in enumerate(readers.read(self._plan, {"text": "line"})):
+        for number, item in enumerate(readers.read(self._plan, {"text": readers.EVERY_LINE})):
             if isinstance(item.raw, Reject):
                 raise DataError(f"{item.location}: {item.raw}")
             if not isinstance(item.raw, dict):

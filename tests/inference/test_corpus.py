@@ -282,7 +282,7 @@ def test_every_kind_of_file_gives_its_texts_and_ids(tmp_path):
     (tmp_path / "a.txt").write_text("first text\n\nsecond, text\n")
     for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
         assert [(t.id, t.text) for t in TextSource(str(tmp_path / name), "body", "key")] == rows, name
-    assert [(t.id, t.text) for t in TextSource(str(tmp_path / "a.txt"))] == [("0", "first text"), ("1", "second, text")]
+    assert [(t.id, t.text) for t in TextSource(str(tmp_path / "a.txt"))] == [("0", "first text"), ("1", ""), ("2", "second, text")]
     assert [t.id for t in TextSource(str(tmp_path / "a.jsonl"), "body", "n")] == ["0", "1"]
     assert TextSource(str(tmp_path / "a.jsonl"), "body").identity()[0]["bytes"] == len(lines)
 
