@@ -26,6 +26,8 @@ _BUILD_EXAMPLES = """[bold]Examples[/bold]
 
  conan data build qa.csv --kind pair --field query=title --field pos=answers.text.0 --out data/qa
 
+ conan data build products.parquet --kind pair --field query=name --field pos=title+description --out data/products
+
  conan data build notes.txt --kind text --field text=line --out data/notes
 
  conan data build tfds:glue/stsb:train --kind sts --out data/stsb
@@ -54,7 +56,7 @@ def build(
     kind: Annotated[Optional[str], typer.Option(
         help="Kind of record: text, sft, pair, retrieval, sts or labelled.")] = None,
     field: Annotated[Optional[list[str]], typer.Option(
-        metavar="OURS=COLUMN", help="Read our field from this column or dotted path. Repeatable.")] = None,
+        metavar="OURS=COLUMN", help="Read our field from this column or dotted path; A+B joins the texts of columns by a newline. Repeatable.")] = None,
     preset: Annotated[Optional[str], typer.Option(
         help="Kind, source and fields of a named public dataset; other options override it.")] = None,
     presets: Annotated[Optional[Path], typer.Option(
@@ -115,6 +117,7 @@ def _dataset(sources: list[str], out: Path, kind: str | None, field: list[str], 
              max_reject_rate: float | None, limit: int | None, clean: str | None) -> Dataset:
     import dataclasses
     import re
+    import shlex
 
     from conan_jax.config import Dataset
     from conan_jax.data.presets import find_preset, load_presets
@@ -127,7 +130,8 @@ def _dataset(sources: list[str], out: Path, kind: str | None, field: list[str], 
         if not (ours and equals and column):
             raise ConfigError(f"--field {item!r} must be OURS=COLUMN, for instance --field query=title")
         if ours in fields:
-            raise ConfigError(f"--field gives {ours} twice, {fields[ours]!r} and {column!r}; join columns with +: --field {ours}={fields[ours]}+{column}")
+            joined = shlex.quote(f"{ours}={fields[ours]}+{column}")
+            raise ConfigError(f"--field gives {ours} twice, {fields[ours]!r} and {column!r}; join columns with +: --field {joined}")
         fields[ours] = column
     given: dict[str, Any] = {"kind": kind, "source": SEPARATOR.join(sources) or None, "fields": fields or None,
                              "max_reject_rate": max_reject_rate, "limit": limit, "clean": clean}

@@ -17,9 +17,9 @@ class Dataset:
 
     `source` is a path or glob of jsonl(.gz), csv, tsv, parquet or txt files (`$NAME` is taken from the
     environment; several are joined by `;`), `tfds:NAME[/CONFIG]:SPLIT`, or `docstrings:PART`, the documentation of the
-    installed packages. `fields` maps our field names to the source's columns
-    when they are not among the accepted spellings. `clean="html"` unescapes HTML entities and drops HTML tags in
-    every text. `instruction` is the task in the query prompt.
+    installed packages. `fields` maps our field names to the source's columns when they are not among the accepted
+    spellings; `title+body` joins the texts of several columns by a newline. `clean="html"` unescapes HTML entities
+    and drops HTML tags in every text. `instruction` is the task in the query prompt.
     """
 
     name: str

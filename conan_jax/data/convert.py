@@ -210,10 +210,11 @@ def write_dataset(dataset: Dataset, folder: Path, kept: Path, *, num_shards: int
         if tally.rejects.total() > dataset.max_reject_rate * tally.read or not writer.records:
             os.replace(folder / REJECTS, kept)
             raise DataError(_failure(dataset, tally, kept))
-        for name, column in dataset.fields.items():
-            if tally.dropped[f"no_{name}"] == writer.records:
-                raise DataError(f"{dataset.name}: fields maps {name} to {column!r}, but no record of {dataset.source} has it; "
-                                "check the spelling")
+        for key, count in tally.dropped.items():
+            name, _, part = key.removeprefix("no_").partition(":")
+            if key.startswith("no_") and count == writer.records:
+                missing = f", but no record of {dataset.source} has {part or 'it'}; check the spelling"
+                raise DataError(f"{dataset.name}: fields maps {name} to {dataset.fields[name]!r}{missing}")
         for file in files:
             if (stat := Path(file.path).stat()).st_size != file.bytes or stat.st_mtime_ns != file.mtime_ns:
                 raise DataError(f"{file.path} changed while it was being read; build again when it is complete")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from conan_jax.config import RecordKind
@@ -69,7 +69,8 @@ def check_fields(kind: RecordKind, fields: Mapping[str, str]) -> None:
         if name not in KINDS[kind]:
             raise ConfigError(f"fields maps {name!r}, but {kind} records have only {', '.join(KINDS[kind])}")
         if not isinstance(column, str) or not column:
-            raise ConfigError(f"fields maps {name!r} to {column!r}; it must name a column, or a dotted path like answers.text.0")
+            raise ConfigError(f"fields maps {name!r} to {column!r}; it must name a column, a dotted path like answers.text.0, "
+                              "or several of them like title+body")
 
 
 def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None, clean: Literal["html"] | None = None) -> Parsed:
@@ -78,7 +79,9 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None, c
     Args:
         raw: what a reader gave: a dict of str, bytes (UTF-8), numbers, lists, dicts.
         kind: a key of `KINDS`.
-        fields: our field name -> column or dotted path (`answers.text.0`), where the dialects do not fit.
+        fields: our field name -> column or dotted path (`answers.text.0`), where the dialects do not fit. `title+body` joins the texts of
+            several columns by a newline. Blank texts are left out, and so are columns that are not there (counted in `dropped`), unless
+            none of them is. A column whose name has a literal "+" goes before.
         clean: "html" takes HTML entities and tags out of every text first; `dropped["html"]` counts the records that had any.
 
     Retrieval-shaped records read as `pair` give their first positive (`further_positive` counts the others); sft-shaped records read as `pair` give
@@ -122,6 +125,9 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
             else:
                 if name in fields:
                     dropped[f"no_{name}"] += 1
+        for name, column in fields.items():
+            if name in values:
+                dropped.update(f"no_{name}:{part}" for part in _parts(raw, column) if _get(raw, part) is None)
         return mapped.name, values
     tried = [mapped for group in ([present] if present else groups) for mapped in group]
     wanted = " or ".join(dict.fromkeys(" + ".join(str(column) for _, column in mapped.required) for mapped in tried))
@@ -130,24 +136,26 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
 
 
 def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
-    """The value at a column, a dotted path, `negative*` or a `Join`; None where there is none."""
+    """The value at a column, a dotted path, `negative*`, a `Join` or `a+b`; None where there is none."""
+    if isinstance(column, Join):
+        return None if raw.get(column[0]) is None else _joined(raw, column)
     if column in raw:
         return raw[column]
-    if isinstance(column, Join):
-        if raw.get(column[0]) is None:
-            return None
-        parts = [_text(raw[name], name, blank=True) for name in column if raw.get(name) is not None]
-        return "\n".join(part for part in parts if not is_blank(part))
+    if len(parts := _parts(raw, column)) > 1:
+        return _joined(raw, parts)
     if column.endswith("*"):
         matches = [(re.fullmatch(re.escape(column[:-1]) + r"(?:_(\d{1,9}))?", str(name)), name) for name in raw]
         numbered = sorted((int(m.group(1) or -1), name) for m, name in matches if m)
         found = [raw[name] for _, name in numbered if raw[name] not in (None, "", b"")]
         flat = [item for value in found for item in (value if isinstance(value, list | tuple) else [value])]
         return flat if numbered else None
-    if "." not in column:
-        return None
-    value: Any = raw
-    for key in column.split("."):
+    return _at(raw, column)
+
+
+def _at(raw: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path of at least one dot; None where there is none."""
+    value: Any = raw if "." in path else None
+    for key in path.split("."):
         if isinstance(value, Mapping):
             value = value.get(key)
         elif isinstance(value, list | tuple) and key.isdecimal() and int(key) < len(value):
@@ -155,6 +163,23 @@ def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
         else:
             return None
     return value
+
+
+def _parts(raw: Mapping[str, Any], column: str) -> list[str]:
+    """The columns of `a+b`: a name that the record has may hold a "+" itself."""
+    pieces, parts = column.split("+"), []
+    while pieces:
+        names = ["+".join(pieces[:n]) for n in range(len(pieces), 0, -1)]
+        parts.append(next((name for name in names if name in raw or _at(raw, name) is not None), pieces[0]))
+        pieces = pieces[parts[-1].count("+") + 1 :]
+    return parts
+
+
+def _joined(raw: Mapping[str, Any], columns: Iterable[str]) -> str | None:
+    """The texts of the columns that are there, blank ones excepted, joined by a newline; None where no column is there."""
+    values = {name: value for name in columns if (value := _get(raw, name)) is not None}
+    texts = [_text(value, name, blank=True) for name, value in values.items()]
+    return "\n".join(text for text in texts if not is_blank(text)) if values else None
 
 
 def _without_html(value: Any, depth: int = 2) -> Any:

@@ -210,6 +210,8 @@ def test_fields_that_fit_no_record(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"query": "q", "pos": "p", "neg": ["n"]}])
     with pytest.raises(DataError, match="neg to 'negs', but no record"):
         build_dataset(Dataset("d", "retrieval", source, {"neg": "negs"}), tmp_path / "out")
+    with pytest.raises(DataError, match=r"'pos\+body', but no record of \S+ has body"):
+        build_dataset(Dataset("d", "pair", source, {"pos": "pos+body"}), tmp_path / "out")
     with pytest.raises(ConfigError, match="fields maps 'negative'"):
         build_dataset(Dataset("d", "retrieval", source, {"negative": "neg"}), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*building*"))

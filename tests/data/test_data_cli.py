@@ -1,7 +1,10 @@
 """`conan data build` and `conan data inspect`, as a person and as a program would use them."""
 
 import json
+import shlex
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -32,6 +35,23 @@ def test_build_with_fields_then_inspect(tmp_path, csv):
     assert open_source(out)[1] == {"query": "second", "pos": "two", "instruction": ""}
     shown = conan("inspect", out, "--head", "2", "--verify")
     assert "second" in shown and "third" not in shown and "shards match" in shown
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_two_columns_of_one_field_as_the_error_says(tmp_path, suffix):
+    rows = [{"name": f"n{i}", "the title": f"t{i}", "body": f"b{i}"} for i in range(3)]
+    source = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    elif suffix == "csv":
+        source.write_text("name,the title,body\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    else:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["build", source, "--kind", "pair", "--field", "query=name", "--out", tmp_path / "out"]
+    with pytest.raises(ConfigError) as caught:
+        conan(*args, "--field", "pos=the title", "--field", "pos=body")
+    conan(*args, *shlex.split(str(caught.value)[str(caught.value).index("--field ", 1):]))
+    assert [record["pos"] for record in open_source(tmp_path / "out")] == ["t0\nb0", "t1\nb1", "t2\nb2"]
 
 
 def test_json_is_the_manifest_and_nothing_else(tmp_path, csv):

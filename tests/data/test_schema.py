@@ -147,6 +147,28 @@ def test_fields_map_columns_and_dotted_paths():
         parse(raw, "pair", {"query": "question", "pos": "answers.text.5"})
 
 
+@pytest.mark.parametrize(("column", "raw", "text", "left_out"), [
+    ("a+b", {"a": "x", "b": "y"}, "x\ny", {}),
+    ("b+a+c.d", {"a": b"x", "b": " ", "c": {"d": "z"}}, "x\nz", {}),
+    ("a+b", {"a": None, "b": "y"}, "y", {"no_pos:a": 1}),
+    ("a+b", {"a+b": "one", "a": "x", "b": "y"}, "one", {}),
+    ("C+++a", {"C++": "x", "a": "y"}, "x\ny", {}),
+    ("m.C++", {"m": {"C++": "x"}}, "x", {}),
+    ("a+b", {"a": {"title": "t", "text": "x"}, "b": "y"}, "t x\ny", {})])
+def test_a_text_of_several_columns(column, raw, text, left_out):
+    for kind, pos in (("pair", text), ("retrieval", [text])):
+        parsed = parse(raw | {"query": "q"}, kind, {"pos": column})
+        assert parsed.record["pos"] == pos and parsed.dropped == left_out
+
+
+@pytest.mark.parametrize(("raw", "reason"), [
+    ({}, "missing_field"), ({"a": "", "b": " "}, "empty_text"), ({"a": "x", "b": 1}, "wrong_type"), ({"a": "x", "b": ["y"]}, "wrong_type")])
+def test_several_columns_without_a_text(raw, reason):
+    with pytest.raises(Reject) as caught:
+        parse(raw | {"query": "q"}, "pair", {"pos": "a+b"})
+    assert caught.value.reason == reason
+
+
 def test_fields_may_map_a_part_of_a_dialect():
     raw = {"headline": "q", "pos": ["p"], "neg": ["n"], "query": "other"}
     assert parse(raw, "retrieval", {"query": "headline"}).record["query"] == "q"
