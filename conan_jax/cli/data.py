@@ -56,7 +56,8 @@ def build(
     kind: Annotated[Optional[str], typer.Option(
         help="Kind of record: text, sft, pair, retrieval, sts or labelled.")] = None,
     field: Annotated[Optional[list[str]], typer.Option(
-        metavar="OURS=COLUMN", help="Read our field from this column or dotted path; A+B joins the texts of columns by a newline. Repeatable.")] = None,
+        metavar="OURS=COLUMN",
+        help="Read our field from this column or dotted path; A+B joins the texts of two columns by a newline. Repeatable.")] = None,
     preset: Annotated[Optional[str], typer.Option(
         help="Kind, source and fields of a named public dataset; other options override it.")] = None,
     presets: Annotated[Optional[Path], typer.Option(

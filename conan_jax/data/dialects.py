@@ -16,20 +16,48 @@ class Join(tuple[str, ...]):
         return f"{self[0]}[/{'/'.join(self[1:])}]"
 
 
+class Turns(NamedTuple):
+    """The texts of `messages[start:stop]` of a chat ({role, content} each), joined by newlines. The last message is of the assistant."""
+
+    start: int | None
+    stop: int | None
+
+    def __str__(self) -> str:
+        return "messages"
+
+
+class Items(NamedTuple):
+    """The texts of `set[start:stop]`, a list of texts that mean the same."""
+
+    start: int
+    stop: int | None
+
+    def __str__(self) -> str:
+        return "set"
+
+
+Column = str | Join | Turns | Items
+
+
 @dataclass(frozen=True, eq=False)
 class Dialect:
     """One set of column names. `optional` lists alternatives, the first present one counts; `negative*` means
-    `negative`, `negative_1`, `negative_2`, ... in that order. A record with a column of `unless` is not of this dialect."""
+    `negative`, `negative_1`, `negative_2`, ... in that order. A record with a column of `unless` is not of this dialect.
+    A record with a label (`LABELS`) that is none of `positive` is no pair. The columns of a `whole` dialect are parts of
+    one value: it is not used where the user maps one of its fields."""
 
     name: str
-    required: dict[str, str | Join]
-    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    required: dict[str, Column]
+    optional: dict[str, tuple[Column, ...]] = field(default_factory=dict)
     unless: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+    whole: bool = False
 
 
-def _pairs(name: str, query: str | Join, pos: str, neg: tuple[str, ...] = (), instruction: tuple[str, ...] = ()) -> Dialect:
+def _pairs(name: str, query: Column, pos: str, neg: tuple[str, ...] = (), instruction: tuple[str, ...] = (),
+           positive: tuple[str, ...] = ()) -> Dialect:
     return Dialect(name, {"query": query, "pos": pos},
-                   {"neg": neg, "scores": ("scores", "neg_scores") if neg else (), "instruction": instruction})
+                   {"neg": neg, "scores": ("scores", "neg_scores") if neg else (), "instruction": instruction}, positive=positive)
 
 
 _PROMPT = ("instruction", "prompt")
@@ -43,8 +71,14 @@ _RETRIEVAL = (
     _pairs("query-answer", "query", "answer"),
     _pairs("sentence-transformers", "anchor", "positive", ("negative*",)),
     _pairs("simcse", "sent0", "sent1", ("hard_neg",)),
+    _pairs("tevatron-text", "query_text", "positive_passages", ("negative_passages",), _PROMPT),
+    _pairs("tevatron-documents", "query_text", "positive_documents", ("negative_documents",), _PROMPT),
+    _pairs("nli-triplet", "premise", "entailment", ("contradiction",)),
+    _pairs("nli", "premise", "hypothesis", positive=("entailment", "0")),  # 0 is entailment in SNLI, MultiNLI, XNLI, ANLI, CB and RTE
+    Dialect("set", {"query": Items(0, 1), "pos": Items(1, None)}, whole=True),
 )
 _PAIR_ONLY = (
+    Dialect("messages", {"query": Turns(None, -1), "pos": Turns(-1, None)}, whole=True),
     _pairs("question-answer", "question", "answer"),
     _pairs("question-context", "question", "context"),
     _pairs("alpaca", Join(("instruction", "input")), "output"),
@@ -55,13 +89,15 @@ _PAIR_ONLY = (
     _pairs("title-body", "title", "body"),
     _pairs("title-abstract", "title", "abstract"),
     _pairs("title-content", "title", "content"),
-    Dialect("bitext", {"query": "sentence1", "pos": "sentence2"}, unless=("score", "similarity_score", "label")),  # graded: not positives
+    Dialect("bitext", {"query": "sentence1", "pos": "sentence2"},  # graded or labelled: not positives
+            unless=("score", "similarity_score", "relatedness_score", "similarity", "label", "gold_label", "is_duplicate")),
 )
 # Tried in order; see `_choose` for why the first column of a dialect weighs more than the others.
 DIALECTS: dict[RecordKind, tuple[Dialect, ...]] = {
     "text": tuple(Dialect(name, {"text": name}) for name in
                   ("text", "content", "contents", "document", "passage", "paragraph")),
     "sft": (
+        Dialect("messages", {"instruction": Turns(0, 1), "output": Turns(-1, None)}, {"input": (Turns(1, -1),)}, whole=True),
         Dialect("alpaca", {"instruction": "instruction", "output": "output"}, {"input": ("input",)}),
         Dialect("dolly", {"instruction": "instruction", "output": "response"}, {"input": ("context",)}),
         Dialect("prompt-completion", {"instruction": "prompt", "output": "completion"}),
@@ -79,6 +115,9 @@ DIALECTS: dict[RecordKind, tuple[Dialect, ...]] = {
                       for text in ("text", "sentence", "content", "query")
                       for label in ("label_text", "label", "category", "intent")),
 }
+LABELS = ("label_text", "gold_label", "label")  # of premise and hypothesis
+# Columns of ids: their texts are in a corpus that the record does not hold.
+IDS = ("positive_document_ids", "negative_document_ids")
 
 
 class Mapped(NamedTuple):
@@ -86,9 +125,10 @@ class Mapped(NamedTuple):
 
     name: str
     leading: str | None
-    required: list[tuple[str, str | Join]]
-    optional: list[tuple[str, tuple[str, ...]]]
+    required: list[tuple[str, Column]]
+    optional: list[tuple[str, tuple[Column, ...]]]
     unless: tuple[str, ...]
+    positive: tuple[str, ...]
 
 
 @functools.lru_cache
@@ -97,9 +137,13 @@ def dialects(kind: RecordKind, fields: tuple[tuple[str, str], ...]) -> list[list
     given = dict(fields)
     groups: dict[str | None, list[Mapped]] = {}
     for dialect in DIALECTS[kind]:
-        leading = next((c[0] if isinstance(c, Join) else c for name, c in dialect.required.items() if name not in given), None)
+        if dialect.whole and given.keys() & (dialect.required | dialect.optional).keys():
+            continue
+        leading = next((c[0] if isinstance(c, Join) else str(c) for name, c in dialect.required.items() if name not in given), None)
         required = [(name, given.get(name, column)) for name, column in dialect.required.items()]
-        optional = [(name, (given[name],) if name in given else columns) for name, columns in dialect.optional.items()]
-        mapped = Mapped(dialect.name if leading else "fields", leading, required, optional, dialect.unless if leading else ())
+        optional = [(name, columns) for name, columns in dialect.optional.items() if name not in given]
+        optional += [(name, (column,)) for name, column in given.items() if name not in dialect.required]
+        unless, positive = (dialect.unless, dialect.positive) if leading else ((), ())
+        mapped = Mapped(dialect.name if leading else "fields", leading, required, optional, unless, positive)
         groups.setdefault(leading, []).append(mapped)
     return list(groups.values())

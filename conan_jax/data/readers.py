@@ -11,6 +11,7 @@ import glob
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from conan_jax.data.lines import COMPRESSIONS, MAX_LINE_BYTES, read_lines
 from conan_jax.data.locations import expand_variables
 from conan_jax.data.manifest import MANIFEST
-from conan_jax.data.schema import Reject, is_blank
+from conan_jax.data.schema import Reject, is_blank, shortened
 from conan_jax.errors import DataError
 
 MAX_RECORD_BYTES = MAX_LINE_BYTES  # of one line or paragraph; longer ones are skipped unread
@@ -275,7 +276,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise KeyError(next(name for name in names if names.count(name) > 1))
+        raise KeyError(_repeated(names)[0])
     return found
 
 
@@ -321,17 +322,21 @@ def _table(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, in
         if header is None:
             header = row
             if len(set(header)) != len(header):
-                raise DataError(f"{path} names a column twice in its header: {', '.join(header)}")
+                raise DataError(f"{path} names a column twice in its header: {shortened(_repeated(header))}")
         elif row:
             excerpt = (",\t"[tsv]).join(row)[:2000]
             if len(row) != len(header):
-                what = f"{len(row)} columns, the header has {len(header)} ({', '.join(header)[:200]})"
+                what = f"{len(row)} columns, the header has {len(header)} ({shortened(header)})"
                 yield start, Reject("broken_row", what, excerpt), done
             elif unquoted and (quoted := next(filter(_quoted, row), None)) is not None:
                 what = f"{quoted[:80]!r} is wholly in quotes, and tsv has none; save the file as csv, or as jsonl if they belong to the text"
                 yield start, Reject("quoted_cell", what, excerpt), done
             else:
                 yield start, dict(zip(header, row)), done
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _quoted(cell: str) -> bool:
@@ -377,7 +382,7 @@ def _parquet(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[int, Any, 
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if len(set(names)) != len(names):
-                raise DataError(f"{path} has a column twice: {', '.join(names)}")
+                raise DataError(f"{path} has a column twice: {shortened(_repeated(names))}")
             total = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=1024):
                 done = size * min(row + len(batch), total) // total

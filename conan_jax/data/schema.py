@@ -12,13 +12,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from conan_jax.config import RecordKind
-from conan_jax.data.dialects import Join, dialects
+from conan_jax.data.dialects import IDS, LABELS, Column, Items, Join, Turns, dialects
 from conan_jax.data.markup import strip_html
 from conan_jax.errors import ConfigError
 
 FieldType = Literal["text", "texts", "float", "floats"]
 
 # What a record of each kind holds once built, in this order. Fields a source may lack are "" or [].
+# `scores` of retrieval are those of `neg`, one each. They order the pool at the build, highest and so hardest first; a record without
+# scores keeps the order of its source. Training takes the candidates in this order and does not read the scores.
 KINDS: dict[RecordKind, dict[str, FieldType]] = {
     "text": {"text": "text"},
     "sft": {"instruction": "text", "input": "text", "output": "text"},
@@ -40,6 +42,7 @@ REASONS = {
     "length_mismatch": "there are not as many scores as negatives",
     "empty_text": "a text is empty or blank",
     "positive_equals_query": "a positive says the same as its query",
+    "not_positive": "the label says that the second text does not follow from the first",
     "too_long": "the line is longer than the reader's limit",
 }
 
@@ -84,8 +87,13 @@ def parse(raw: Any, kind: RecordKind, fields: Mapping[str, str] | None = None, c
             none of them is. A column whose name has a literal "+" goes before.
         clean: "html" takes HTML entities and tags out of every text first; `dropped["html"]` counts the records that had any.
 
-    Retrieval-shaped records read as `pair` give their first positive (`further_positive` counts the others); sft-shaped records read as `pair` give
-    query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
+    A chat (`messages`) read as `sft` gives its first message as instruction, its last one, of the assistant, as output, and all messages
+    between them as input, joined by newlines: of system, user and assistant each goes to a field of its own, and of several turns none is
+    left out. A `set` gives its first text as query and the others as positives. A premise with a hypothesis is a pair if it has no
+    label or the label is entailment; `premise`, `entailment` and `contradiction` in one record are query, positive and negative.
+
+    Retrieval-shaped records read as `pair` give their first positive (`further_positive` counts the others); sft-shaped records
+    read as `pair` give query = instruction + newline + input, pos = output (METHODS 1.2, stage 3). Candidates of a `neg` pool that
     equal the query or a positive, and repeated texts of a list, are left out and counted in `dropped`; so is an
     optional field (`no_neg`) whose column in `fields` is not there. With scores the pool is sorted by falling
     score, so it is hardest first whatever the source did.
@@ -125,20 +133,45 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
             else:
                 if name in fields:
                     dropped[f"no_{name}"] += 1
+        label = next((raw[name] for name in LABELS if raw.get(name) is not None), None)
+        if mapped.positive and label is not None and _label(label) not in mapped.positive:
+            wanted = " or ".join(mapped.positive)
+            raise Reject("not_positive", f"the label is {str(label)[:40]!r}; a {kind} record needs {wanted}. Leave the others out of the "
+                         "source, or write {premise, entailment, contradiction} in one record")
         for name, column in fields.items():
             if name in values:
                 dropped.update(f"no_{name}:{part}" for part in _parts(raw, column) if _get(raw, part) is None)
         return mapped.name, values
+    if kind in ("pair", "retrieval") and "pos" not in fields and (ids := [column for column in IDS if column in raw]):
+        raise Reject("missing_field", f"found ids of documents in {' and '.join(ids)}, but not their texts, which are in a corpus; write the "
+                     "texts into each record, as positive_passages and negative_passages: lists of {title, text}")
     tried = [mapped for group in ([present] if present else groups) for mapped in group]
-    wanted = " or ".join(dict.fromkeys(" + ".join(str(column) for _, column in mapped.required) for mapped in tried))
+    wanted = " or ".join(dict.fromkeys(" + ".join(dict.fromkeys(str(c) for _, c in mapped.required)) for mapped in tried))
     barred = "".join(f" without {column}" for mapped in tried for column in mapped.unless if column in raw)
-    raise Reject("missing_field", f"found {', '.join(map(str, raw)) or 'nothing'}; {kind} records need {wanted}{barred}")
+    raise Reject("missing_field", f"found {shortened(raw) or 'nothing'}; {kind} records need {wanted}{barred}")
 
 
-def _get(raw: Mapping[str, Any], column: str | Join) -> Any:
-    """The value at a column, a dotted path, `negative*`, a `Join` or `a+b`; None where there is none."""
+def shortened(names: Iterable[Any]) -> str:
+    """The first names of a list, cut to fit into a message, and how many there are if it has more."""
+    listed = list(names)
+    more = f", ... ({len(listed):,} in all)" if len(listed) > 12 else ""
+    return ", ".join(text if len(text) <= 60 else f"{text[:59]}…" for text in map(str, listed[:12])) + more
+
+
+def _label(value: Any) -> str:
+    """A class label as a text, for comparisons; 0.0, as tables with gaps have it, as "0"."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return text.strip().lower().removesuffix(".0")
+
+
+def _get(raw: Mapping[str, Any], column: Column) -> Any:
+    """The value at a column, a dotted path, `negative*`, `a+b` or a part of a list; None where there is none."""
     if isinstance(column, Join):
         return None if raw.get(column[0]) is None else _joined(raw, column)
+    if isinstance(column, Turns):
+        return None if raw.get(str(column)) is None else _turns(raw[str(column)], slice(*column))
+    if isinstance(column, Items):
+        return None if raw.get(str(column)) is None else _items(raw[str(column)], slice(*column))
     if column in raw:
         return raw[column]
     if len(parts := _parts(raw, column)) > 1:
@@ -163,6 +196,37 @@ def _at(raw: Mapping[str, Any], path: str) -> Any:
         else:
             return None
     return value
+
+
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+def _turns(messages: Any, part: slice) -> str:
+    """The texts of a part of a chat, blank ones excepted, joined by newlines.
+
+    Raises:
+        Reject: the value is not a list of messages, or the last one is not an answer of the assistant to an earlier one.
+    """
+    if not isinstance(messages, list | tuple) or not all(isinstance(turn, Mapping) for turn in messages):
+        raise Reject("wrong_type", "messages must be a list of objects with role and content")
+    for i, turn in enumerate(messages):
+        if turn.get("role") is None or turn.get("content") is None:
+            raise Reject("missing_field", f"messages[{i}] has no {'role' if turn.get('role') is None else 'content'}")
+        if turn["role"] not in _ROLES:
+            raise Reject("wrong_type", f"messages[{i}].role is {str(turn['role'])[:40]!r}, not one of {', '.join(_ROLES)}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise Reject("missing_field", f"messages of {len(messages)} turns do not end in an answer of the assistant to an earlier turn")
+    texts = [_text(turn["content"], f"messages[{i}].content", blank=True) for i, turn in enumerate(messages)]
+    return "\n".join(text for text in texts[part] if not is_blank(text))
+
+
+def _items(texts: Any, part: slice) -> Any:
+    """The text, or the texts, of a part of a list of texts that mean the same."""
+    if not isinstance(texts, list | tuple):
+        raise Reject("wrong_type", f"set must be a list of texts, found {type(texts).__name__}")
+    if len(texts) < 2:
+        raise Reject("missing_field", f"set has {len(texts)} texts; a pair needs two")
+    return list(texts[part]) if part.stop is None else texts[part.start]
 
 
 def _parts(raw: Mapping[str, Any], column: str) -> list[str]:

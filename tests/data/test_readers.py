@@ -204,7 +204,7 @@ def test_parquet_with_bad_utf8_rejects_that_row_only(tmp_path):
 def test_parquet_that_python_cannot_hold(tmp_path):
     two = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
     pq.write_table(two, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="column twice: a, a"):
+    with pytest.raises(DataError, match="column twice: a$"):
         read(tmp_path / "a.parquet")
     pq.write_table(pa.table({"a": pa.array([0, 2**62], pa.timestamp("us"))}), tmp_path / "b.parquet")
     good, bad = raws(tmp_path / "b.parquet")

@@ -13,6 +13,7 @@ from conan_jax.errors import ConfigError
 
 PAIR = {"query": "q", "pos": "p", "instruction": ""}
 RETRIEVAL = {"query": "q", "pos": ["p"], "neg": ["n1", "n2"], "scores": [], "instruction": ""}
+SYSTEM, USER, ANSWER = ({"role": r, "content": c} for r, c in (("system", "i"), ("user", "x"), ("assistant", "o")))
 STS = {"sentence1": "a", "sentence2": "b", "score": 2.5}
 
 ACCEPTED = [
@@ -36,6 +37,23 @@ ACCEPTED = [
     ("pair", {"instruction": "i", "input": "x", "output": "p"}, PAIR | {"query": "i\nx"}),
     ("pair", {"instruction": "i", "input": "", "output": "p"}, PAIR | {"query": "i"}),
     ("pair", {"instruction": "i", "context": "x", "response": "p"}, PAIR | {"query": "i\nx"}),
+    ("pair", {"set": ["q", "p"]}, PAIR),
+    ("pair", {"premise": "q", "hypothesis": "p"}, PAIR),
+    *[("pair", {"premise": "q", "hypothesis": "p", "label": label}, PAIR)
+      for label in ("entailment", "Entailment", b"entailment", 0, 0.0, "0", None)],
+    ("pair", {"premise": "q", "entailment": "p", "contradiction": "n1"}, PAIR),
+    ("pair", {"query_id": "1", "query_text": "q", "positive_passages": [{"docid": "7", "text": "p"}]}, PAIR),
+    ("pair", {"messages": [SYSTEM, USER, ANSWER]}, PAIR | {"query": "i\nx", "pos": "o"}),
+    ("pair", {"messages": [USER, ANSWER], "prompt": "x"}, PAIR | {"query": "x", "pos": "o"}),
+    ("sft", {"messages": [SYSTEM, USER, ANSWER]}, {"instruction": "i", "input": "x", "output": "o"}),
+    ("sft", {"messages": [USER, ANSWER], "prompt": "x", "prompt_id": "1"}, {"instruction": "x", "input": "", "output": "o"}),
+    ("sft", {"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, {"instruction": "", "input": "x", "output": "o"}),
+    ("sft", {"messages": [SYSTEM, USER, ANSWER, {"role": "user", "content": "x2"}, {"role": "assistant", "content": "o2"}]},
+     {"instruction": "i", "input": "x\no\nx2", "output": "o2"}),
+    ("retrieval", {"set": ["q", "p", "p2"]}, RETRIEVAL | {"pos": ["p", "p2"], "neg": []}),
+    ("retrieval", {"premise": "q", "entailment": "p", "neutral": "m", "contradiction": ["n1", "n2"]}, RETRIEVAL),
+    ("retrieval", {"query_id": "1", "query_text": "q", "positive_document_ids": ["7"], "negative_document_ids": ["8", "9"],
+                   "positive_documents": [{"docid": "7", "text": "p"}], "negative_documents": ["n1", "n2"]}, RETRIEVAL),
     ("retrieval", {"query": "q", "pos": ["p"], "neg": ["n1", "n2"], "type": "normal", "pos_scores": [1.0]}, RETRIEVAL),
     ("retrieval", {"query": "q", "pos": "p", "neg": None}, RETRIEVAL | {"neg": []}),
     ("retrieval", {"query": "q", "pos": ["p"], "neg": []}, RETRIEVAL | {"neg": []}),
@@ -93,6 +111,25 @@ REJECTED = [
     ("pair", {"query": "q", "title": "t", "text": "x"}, "missing_field"),
     ("pair", {"query": None, "title": "t", "text": "x"}, "missing_field"),
     ("pair", {"query": "q", "pos": {"body": "p"}}, "wrong_type"),
+    ("pair", {"set": ["q"]}, "missing_field"),
+    ("pair", {"set": "q p"}, "wrong_type"),
+    ("pair", {"set": ["q", None]}, "wrong_type"),
+    ("pair", {"set": ["q", "q "]}, "positive_equals_query"),
+    *[("pair", {"premise": "q", "hypothesis": "p", "label": label}, "not_positive")
+      for label in ("neutral", "contradiction", 1, 2, -1, "")],
+    ("pair", {"premise": "q", "hypothesis": "p", "gold_label": "neutral"}, "not_positive"),
+    ("pair", {"sentence1": "q", "sentence2": "p", "gold_label": "contradiction"}, "missing_field"),
+    ("pair", {"sentence1": "q", "sentence2": "p", "is_duplicate": 0}, "missing_field"),
+    ("sft", {"messages": []}, "missing_field"),
+    ("sft", {"messages": [ANSWER]}, "missing_field"),
+    ("sft", {"messages": [USER, ANSWER, USER]}, "missing_field"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": None}]}, "missing_field"),
+    ("sft", {"messages": [USER, {"content": "o"}]}, "missing_field"),
+    ("sft", {"messages": [USER, {"role": "assistant", "content": " "}]}, "empty_text"),
+    ("sft", {"messages": [USER, {"role": "tool", "content": "5"}, ANSWER]}, "wrong_type"),
+    ("sft", {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "wrong_type"),
+    ("sft", {"messages": [USER, {"role": ["assistant"], "content": "o"}]}, "wrong_type"),
+    ("sft", {"messages": "[]"}, "wrong_type"),
     ("retrieval", {"query": "q", "pos": []}, "missing_field"),
     ("retrieval", {"query": "q", "pos": ["p", "q"]}, "positive_equals_query"),
     ("retrieval", {"query": "q", "pos": ["p", ""]}, "empty_text"),
@@ -131,6 +168,37 @@ def test_pool_entries_that_are_not_negatives_are_left_out_and_counted():
     record, _, dropped = parse(raw, "retrieval")
     assert record == {"query": "q", "pos": ["p", "p2"], "neg": ["n1", "n2"], "scores": [6.0, 4.0], "instruction": ""}
     assert dropped == {"negative_equals_positive": 2, "negative_equals_query": 1, "repeated_negative": 1, "repeated_positive": 1}
+
+
+def test_ids_of_documents_say_which_texts_are_missing():
+    raw = {"query_id": "1", "query_text": "q", "positive_document_ids": ["7"], "negative_document_ids": []}
+    for kind in ("pair", "retrieval"):
+        for query in ("query_text", "query"):
+            with pytest.raises(Reject, match="(?s)missing_field.*positive_document_ids.*negative_document_ids.*corpus.*positive_passages"):
+                parse({query: raw["query_text"], **raw}, kind)
+    assert parse(raw | {"text": "p"}, "pair", {"pos": "text"}).record["pos"] == "p"
+
+
+def test_a_set_as_pair_counts_its_further_texts():
+    record, dialect, dropped = parse({"set": ["q", "p", "p2"]}, "pair")
+    assert (record["query"], record["pos"], dialect, dropped) == ("q", "p", "set", {"further_positive": 1})
+
+
+def test_many_columns_are_named_in_a_short_message():
+    with pytest.raises(Reject) as caught:
+        parse({f"column {i} {'x' * 500}": i for i in range(5000)}, "text")
+    assert len(caught.value.detail) < 2000 and "5,000" in caught.value.detail
+
+
+def test_fields_that_the_dialect_lacks_are_read():
+    raw = {"prompt": "i", "completion": "o", "ctx": "x"}
+    assert parse(raw, "sft", {"input": "ctx"}).record == {"instruction": "i", "input": "x", "output": "o"}
+    raw = {"premise": "q", "hypothesis": "p", "others": ["n1", "n2"]}
+    assert parse(raw, "retrieval", {"neg": "others"}).record == RETRIEVAL
+    chat = {"messages": [SYSTEM, USER, ANSWER], "answer": "o2"}
+    with pytest.raises(Reject, match="missing_field"):
+        parse(chat, "sft", {"output": "answer"})
+    assert parse(chat, "sft", {"instruction": "messages.1.content", "output": "answer"}).record["output"] == "o2"
 
 
 def test_a_pair_takes_the_first_positive_and_counts_the_others():
@@ -201,7 +269,7 @@ def test_check_fields_refuses(kind, fields, said):
 
 
 _names = st.sampled_from(sorted({str(c) for ds in DIALECTS.values() for d in ds for c in d.required.values() if isinstance(c, str)}
-                                | {"neg", "scores", "input", "negative_1", "prompt"}))
+                                | {"neg", "scores", "input", "negative_1", "prompt", "messages", "set", "label"}))
 _scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=4) | st.binary(max_size=3)
 _values = st.recursive(_scalars, max_leaves=5, extend=lambda v: st.lists(v, max_size=3)
                        | st.dictionaries(st.sampled_from(["text", "title", "x"]), v, max_size=2))
