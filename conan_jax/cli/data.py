@@ -12,6 +12,7 @@ from conan_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from conan_jax.config import Dataset
+    from conan_jax.data.contents import Contents
     from conan_jax.data.manifest import Manifest
 
 app = typer.Typer(help="Build ArrayRecord datasets with checksums from raw files or TFDS, and show their contents.", no_args_is_help=True,
@@ -43,7 +44,9 @@ _INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
  conan data inspect data/train --head 10 --verify
 
- conan data inspect data/train --json | jq .records
+ conan data inspect data/train --json | jq .contents
+
+ conan data inspect data/train --no-count
 """
 
 
@@ -97,17 +100,24 @@ def inspect(
     head: Annotated[int, typer.Option(min=0, help="Records to show.")] = 3,
     verify: Annotated[bool, typer.Option(
         "--verify", help="Compare the sha256 of every shard with the manifest, not only counts and sizes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest and the first records as JSON.")] = False,
+    count: Annotated[bool, typer.Option(
+        "--count/--no-count", help="Read all records and count HTML entities and tags, duplicates and records with scores.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest, the counts and the first records as JSON.")] = False,
 ) -> None:
     """Show the contents and the first records of a built dataset."""
+    from conan_jax.data.contents import count_contents
     from conan_jax.data.sources import open_source
 
     source = open_source(folder, hashes=verify)
     records = [source[i] for i in range(min(head, len(source)))]
+    contents = count_contents(source) if count else None
     if as_json:
-        _print_json(source.manifest, head=records)
+        _print_json(source.manifest, **({"contents": contents._asdict()} if contents else {}), head=records)
         return
-    _print_manifest(folder, source.manifest)
+    _print_manifest(folder, source.manifest, contents)
+    if contents and contents.html_is_frequent and not source.manifest.settings.get("clean"):
+        typer.echo(f"HTML is in {contents.with_html / contents.records:.1%} of the records; to remove it, build the dataset again with "
+                   "--clean html")
     for i, record in enumerate(records):
         _print_record(i, record)
     if verify:
@@ -195,7 +205,7 @@ def _print_json(manifest: Manifest, **more: Any) -> None:
     typer.echo(json.dumps(dataclasses.asdict(manifest) | more, ensure_ascii=False, indent=1))
 
 
-def _print_manifest(folder: Path, manifest: Manifest) -> None:
+def _print_manifest(folder: Path, manifest: Manifest, contents: Contents | None = None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -208,6 +218,10 @@ def _print_manifest(folder: Path, manifest: Manifest) -> None:
             "source": manifest.source + files,
             "dialects": _counts(manifest.dialects), "rejected": f"{manifest.rejected:,} of {manifest.read:,} ({manifest.reject_rate:.2%})",
             "... by reason": _counts(manifest.rejects), "left out": _counts(manifest.dropped)}
+    if contents is not None:
+        rows["HTML"] = f"{contents.entities:,} entities and {contents.tags:,} tags in {contents.with_html:,} records"
+        rows["duplicates"] = f"{contents.duplicates:,} records repeat an earlier one"
+        rows["with scores"] = f"{contents.with_scores:,} records" if manifest.kind == "retrieval" else ""
     for name, value in rows.items():
         if value:
             table.add_row(name, escape(value))

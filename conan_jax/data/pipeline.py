@@ -21,7 +21,7 @@ from conan_jax.data.prepared import Prepared
 from conan_jax.data.sources import open_source
 from conan_jax.data.tokenizer import AnyTokenizer
 from conan_jax.data.transforms import PAIR_KINDS, Batch, stable_seed
-from conan_jax.errors import ConfigError
+from conan_jax.errors import ConfigError, DataError
 
 SINGLE = ""  # the name of the only task of a stage that has no tasks
 _THREADS, _AHEAD = 2, 8  # batches are large: two threads keep far ahead of a training step
@@ -40,7 +40,8 @@ class Pipeline:
 
     Raises:
         ConfigError: a dataset of the wrong kind, weights for some datasets only, hosts that do not divide a batch.
-        DataError: data that is missing or damaged, or a dataset smaller than one global batch (both numbers named).
+        DataError: data that is missing or damaged, a dataset smaller than one global batch (both numbers named), or a
+            dataset of a classification task with one label.
     """
 
     def __init__(
@@ -141,6 +142,9 @@ class Pipeline:
         for mix in mixes:
             dataset, source = self._run.dataset(mix.dataset), self._sources[mix.dataset]
             labels = indexes.labels(source, self._cache(mix.dataset, source, "labels")) if classes else None
+            if labels is not None and len(labels.names) < 2:
+                raise DataError(f"dataset {mix.dataset!r} has the label {labels.names[0][:80]!r} alone; task {task!r} of stage "
+                                f"{self._stage.name!r} takes its negatives from other labels: add records of other labels")
             # Stage, task and dataset are in the seed: two uses of the same records do not go through them in the same order.
             # So is the number of earlier uses in this mixture, unless it is 0: the order of datasets named once stays the same.
             earlier = sum(member.name == mix.dataset for member in members)

@@ -58,7 +58,8 @@ def test_json_is_the_manifest_and_nothing_else(tmp_path, csv):
     manifest = json.loads(conan("build", csv, csv, "--kind", "pair", "--out", tmp_path / "out", "--num-shards", "2", "--json"))
     assert manifest["records"] == 3 and len(manifest["shards"]) == 2 and manifest["dialects"] == {"title-body": 3}
     inspected = json.loads(conan("inspect", tmp_path / "out", "--json", "--head", "1"))
-    assert inspected.pop("head") == [{"query": "first", "pos": "one", "instruction": ""}] and inspected == manifest
+    assert inspected.pop("head") == [{"query": "first", "pos": "one", "instruction": ""}]
+    assert inspected.pop("contents")["records"] == 3 and inspected == manifest
 
 
 def test_rejects_are_pointed_to(tmp_path, csv):
@@ -103,6 +104,20 @@ def test_mistakes_say_what_to_do(tmp_path, args, said):
 @pytest.mark.parametrize(("command", "example"), [("build", "--field query=title"), ("inspect", "--head 10 --verify")])
 def test_help_has_examples(command, example):
     assert example in conan(command, "--help")
+
+
+def test_inspect_counts_html_duplicates_and_scores(tmp_path):
+    rows = [{"query": "a &amp; b &lt;", "pos": ["<b>p</b>", "List<int> && c"], "neg": ["n"], "scores": [1]}, {"query": "q", "pos": ["p"], "neg": []}]
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows, rows[1], {"query": "q", "pos": ["p2"]}]))
+    build = ("build", source, "--kind", "retrieval", "--out", out)
+    conan(*build)
+    contents = json.loads(conan("inspect", out, "--json"))["contents"]
+    assert contents == {"records": 6, "entities": 4, "tags": 4, "with_html": 2, "duplicates": 3, "with_scores": 2}
+    assert "--clean html" in conan("inspect", out) and "contents" not in json.loads(conan("inspect", out, "--json", "--no-count"))
+    conan(*build, "--clean", "html")
+    assert json.loads(conan("inspect", out, "--json"))["contents"] == contents | {"entities": 0, "tags": 0, "with_html": 0}
+    assert "--clean html" not in conan("inspect", out)
 
 
 def test_inspect_of_nothing(tmp_path):

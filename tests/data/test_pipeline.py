@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -280,6 +282,14 @@ def test_example_positives_share_the_class_and_negatives_do_not():
             assert of[positive] == record["label"] if record["label"] != "single_one" else positive == "single one"
             negatives = [t.decode(x.tolist()) for x in batch["negatives"]["tokens"][row]]
             assert len(set(negatives)) == 4 and record["label"] not in {of[n] for n in negatives}
+
+
+@pytest.mark.parametrize("positives", ["label", "example"])
+def test_a_dataset_of_one_label_is_refused(positives):
+    stage = supervised(dataclasses.replace(CLASSES, positives=positives))
+    one = [{"text": f"text {i}", "label": "only_this"} for i in range(20)]
+    with pytest.raises(DataError, match="'other_labels' .*'only_this'.*'classes'"):
+        pipeline(stage, SOURCES | {"other_labels": one})
 
 
 def test_labels_index():
