@@ -143,8 +143,8 @@ def _choose(raw: Mapping[str, Any], kind: RecordKind, fields: Mapping[str, str],
                 dropped.update(f"no_{name}:{part}" for part in _parts(raw, column) if _get(raw, part) is None)
         return mapped.name, values
     if kind in ("pair", "retrieval") and "pos" not in fields and (ids := [column for column in IDS if column in raw]):
-        raise Reject("missing_field", f"found ids of documents in {' and '.join(ids)}, but not their texts, which are in a corpus; write the "
-                     "texts into each record, as positive_passages and negative_passages: lists of {title, text}")
+        raise Reject("missing_field", f"found ids of documents in {' and '.join(ids)}, but not their texts, which are in a corpus; write "
+                     "the texts into each record, as positive_passages and negative_passages: lists of {title, text}")
     tried = [mapped for group in ([present] if present else groups) for mapped in group]
     wanted = " or ".join(dict.fromkeys(" + ".join(dict.fromkeys(str(c) for _, c in mapped.required)) for mapped in tried))
     barred = "".join(f" without {column}" for mapped in tried for column in mapped.unless if column in raw)

@@ -107,7 +107,8 @@ def test_help_has_examples(command, example):
 
 
 def test_inspect_counts_html_duplicates_and_scores(tmp_path):
-    rows = [{"query": "a &amp; b &lt;", "pos": ["<b>p</b>", "List<int> && c"], "neg": ["n"], "scores": [1]}, {"query": "q", "pos": ["p"], "neg": []}]
+    rows = [{"query": "a &amp; b &lt;", "pos": ["<b>p</b>", "List<int> && c"], "neg": ["n"], "scores": [1]},
+            {"query": "q", "pos": ["p"], "neg": []}]
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows, rows[1], {"query": "q", "pos": ["p2"]}]))
     build = ("build", source, "--kind", "retrieval", "--out", out)
