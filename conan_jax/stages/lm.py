@@ -79,10 +79,10 @@ class LanguageModel:
         micro = self._micro_batches(rows)
         return {
             "global batch": f"{c.global_batch_size:,} rows x {c.sequence_length:,} tokens",
-            "batch a device": f"{rows:,} rows, {micro:,} micro-batches of {-(-rows // micro):,}" if micro > 1 else f"{rows:,} rows at once",
-            "tokens a step": f"at most {c.global_batch_size * c.sequence_length:,}",
+            "batch per device": f"{rows:,} rows, {micro:,} micro-batches of {-(-rows // micro):,}" if micro > 1 else f"{rows:,} rows at once",
+            "tokens per step": f"at most {c.global_batch_size * c.sequence_length:,}",
             "objective": "next token, causal" + (", on output tokens" if c.kind == "sft" else ""),
-            "loss chunk": f"{c.loss_chunk_size:,} tokens a device",
+            "loss chunk": f"{c.loss_chunk_size:,} tokens per device",
         }
 
 

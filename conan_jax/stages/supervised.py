@@ -130,12 +130,12 @@ class Supervised:
         facts: dict[str, str | int | float] = {
             "update": "all tasks together" if c.update == "all_tasks" else "one task in turn",
             "global batch": f"{together(examples):,} examples, {together(texts):,} texts",
-            "batch a device": f"{sharding.rows_per_device(together(texts)):,} texts, {describe_chunks(c.encode_chunk_size)}",
+            "batch per device": f"{sharding.rows_per_device(together(texts)):,} texts, {describe_chunks(c.encode_chunk_size)}",
         }
         for task in c.tasks:
             facts[f"sub-batch {task.name}"] = f"{task.global_batch_size:,} {task.kind}, weight {task.weight:g}, {self._negatives(task)}"
         sizes = [task.global_batch_size * self._tokens_an_example(task) for task in c.tasks]
-        facts["tokens a step"] = f"at most {together(sizes):,}"
+        facts["tokens per step"] = f"at most {together(sizes):,}"
         if self._retrieval:
             hard = c.hard_negatives
             facts["hard negatives"] = f"{hard.num_negatives} of a pool of {hard.pool_size}, rule {hard.rule}"

@@ -52,8 +52,8 @@ class Weak:
         longest = max(b.query_length + b.passage_length for b in c.buckets)
         return {
             "global batch": f"{c.global_batch_size:,} pairs",
-            "batch a device": f"{sharding.rows_per_device(c.global_batch_size):,} pairs, {describe_chunks(c.encode_chunk_size)}",
-            "tokens a step": f"at most {c.global_batch_size * longest:,}",
+            "batch per device": f"{sharding.rows_per_device(c.global_batch_size):,} pairs, {describe_chunks(c.encode_chunk_size)}",
+            "tokens per step": f"at most {c.global_batch_size * longest:,}",
             "negatives per query": f"{c.global_batch_size - 1:,} in batch",
             "temperature": c.contrastive.temperature,
             "mask": f"{c.soft_mask.schedule} from causal to bidirectional in {c.soft_mask.steps or c.steps:,} steps"

@@ -27,12 +27,12 @@ def introduction(
         "start": start,
         "parameters": f"{parameters:,} ({body:,} outside the embedding table)",
         "mesh": f"{sizes} on {sharding.hardware_name(devices)} ({mesh.devices.size} x {devices[0].device_kind})",
-        "memory a device": ", ".join(f"{name} {megabytes(sharding.bytes_per_device(tree))}" for name, tree in held.items()
+        "memory per device": ", ".join(f"{name} {megabytes(sharding.bytes_per_device(tree))}" for name, tree in held.items()
                                      if jax.tree.leaves(tree)),
         **stage.describe(),
     }
     if undivided:
-        facts["whole on every device"] = ", ".join(undivided)
+        facts["replicated on every device"] = ", ".join(undivided)
     for label, value in facts.items():
         yield f"  {label}: {value:,}" if isinstance(value, int) else f"  {label}: {value}"
 

@@ -222,15 +222,15 @@ def test_describe_counts_negatives_and_tokens(model):
     facts = make_stage(examples.STAGES["supervised"], model[0]).describe()
     assert facts["sub-batch retrieval"] == "8 retrieval, weight 1, 23 negatives per query (2 its own)"
     assert facts["sub-batch classification"] == "8 classification, weight 1, 2 negatives per query"
-    assert facts["tokens a step"] == f"at most {8 * 6 * (4 + 4 + 2)}"
-    assert facts["global batch"] == "24 examples, 80 texts" and facts["batch a device"] == "80 texts, encoded at once"
+    assert facts["tokens per step"] == f"at most {8 * 6 * (4 + 4 + 2)}"
+    assert facts["global batch"] == "24 examples, 80 texts" and facts["batch per device"] == "80 texts, encoded at once"
     weak = make_stage(dataclasses.replace(examples.STAGES["weak"], encode_chunk_size=3), model[0])
     assert weak.describe()["negatives per query"] == "7 in batch"
     lm = make_stage(dataclasses.replace(examples.STAGES["sft"], gradient_accumulation_steps=4), model[0])
-    assert lm.describe()["batch a device"] == "8 rows, 4 micro-batches of 2"
+    assert lm.describe()["batch per device"] == "8 rows, 4 micro-batches of 2"
     with sharding.activate(sharding.make_mesh(config.Mesh(2, 2, 2))):
-        assert weak.describe()["batch a device"] == "2 pairs, encoded 3 texts at a time"
-        assert lm.describe()["batch a device"] == "2 rows, 2 micro-batches of 1"
+        assert weak.describe()["batch per device"] == "2 pairs, encoded 3 texts at a time"
+        assert lm.describe()["batch per device"] == "2 rows, 2 micro-batches of 1"
 
 
 class OutsideStage:
