@@ -98,12 +98,17 @@ def start_from(run: config.Run, place: str) -> config.Run:
     if settings is None:
         raise ConfigError(f"there is no run in {folder}: it has no config.json. Import a model with `conan import hf`, or name another run")
     source = from_dict(read_json(settings))
-    kept = {key: getattr(run.model, key) for key in
-            ("compute_dtype", "scan_layers", "remat", "attention", "attention_block_size", "pooling", "hidden_dropout")}
     recorded = (read_json(settings.with_name("prepared.json"), {}).get("tokenizer") or {}).get("folder", "tokenizer")
     beside = settings.parent / "data" / recorded  # also when the run was moved since
     path = str(beside) if beside.is_dir() else source.tokenizer.path or str(Path(source.data_dir) / recorded)
-    return dataclasses.replace(run, init_from=place, model=dataclasses.replace(source.model, **kept), tokenizer=config.Tokenizer(path=path))
+    return with_start(run, place, source.model, config.Tokenizer(path=path))
+
+
+def with_start(run: config.Run, place: str, model: config.Model, tokenizer: config.Tokenizer) -> config.Run:
+    """`run` started from the weights in `place`, whose model and tokenizer these are; how they are computed stays as `run` says."""
+    kept = {key: getattr(run.model, key) for key in
+            ("compute_dtype", "scan_layers", "remat", "attention", "attention_block_size", "pooling", "hidden_dropout")}
+    return dataclasses.replace(run, init_from=place, model=dataclasses.replace(model, **kept), tokenizer=tokenizer)
 
 
 def split_step(place: str | Path) -> tuple[Path, int | None]:

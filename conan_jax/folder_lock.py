@@ -37,7 +37,8 @@ class FolderLock:
     """`with FolderLock(folder, "a training run"):` nobody else enters the block for this folder, on any host that shares it.
 
     The kernel holds the lock (`flock` on FOLDER/.lock) and frees it when the process ends, by whatever signal. The folder is made
-    where there is none. Where the file system has no locks a warning says so and the block is entered.
+    where there is none, and removed at the end when it was made here and holds no file. Where the file system has no locks a warning
+    says so and the block is entered.
 
     Args:
         folder: the folder to be alone in.
@@ -51,9 +52,11 @@ class FolderLock:
     def __init__(self, folder: str | os.PathLike[str], what: str) -> None:
         self.folder, self.what = Path(folder), what
         self._descriptor: int | None = None
+        self._made: list[Path] = []  # folders that this object made, the innermost first
 
     def __enter__(self) -> FolderLock:
         try:
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._take()
         except OSError as error:
@@ -67,8 +70,19 @@ class FolderLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._descriptor in _held:  # a forked child has let go already
+            with contextlib.suppress(OSError):
+                self._remove_what_is_empty()
             _held.remove(self._descriptor)
             os.close(self._descriptor)
+
+    def _remove_what_is_empty(self) -> None:
+        """Remove the folders that were made for this lock when no file is in them, as after an error."""
+        lock = self.folder / NAME
+        if not self._made or any(not path.is_dir() for path in self.folder.rglob("*") if path != lock):
+            return
+        lock.unlink()
+        for folder in (*sorted(self.folder.rglob("*"), reverse=True), *self._made):
+            folder.rmdir()
 
     def _take(self) -> int:
         path = self.folder / NAME

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+import importlib.util
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from conan_jax.cli.config import SetOption
+from conan_jax.cli.shown import next_steps, shown_command
+from conan_jax.versions import install_command
 
 if TYPE_CHECKING:
     from conan_jax.cli.recipe import Recipe
@@ -21,15 +23,6 @@ QUESTIONS = (
     "run code in a separate process",
     "sort a list by a key",
 )
-
-
-def shown_command() -> str:
-    """`conan`, or its path when a shell would not find this environment's command."""
-    here = Path(sys.executable).with_name("conan")
-    found = shutil.which("conan")
-    if not here.exists() or (found is not None and Path(found).samefile(here)):
-        return "conan"
-    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else str(here)
 
 
 def demo(
@@ -52,10 +45,13 @@ def demo(
     """
     import conan_jax
     from conan_jax import config_io
-    from conan_jax.cli.recipe import together
+    from conan_jax.cli.recipe import continued, together
 
     configs = Path(conan_jax.__file__).parents[1] / "configs"
-    with together(config_io.load_run(f"{configs / 'demo.py'}:{variant}", overrides)) as (recipe, peers):
+    run, note = continued(config_io.load_run(f"{configs / 'demo.py'}:{variant}", overrides), forget_all=fresh)
+    with together(run) as (recipe, peers):
+        if note:
+            recipe.console.print(note, highlight=False, markup=False, soft_wrap=True)
         summary = recipe.train(peers, fresh=fresh)
         peers.alone("search", lambda: _show(recipe, summary))
 
@@ -86,6 +82,13 @@ def _show(recipe: Recipe, summary: dict[str, Any]) -> None:
     for question in QUESTIONS[:2]:
         console.print(answers_table(question, answers[question], "summary"))
     console.print(results_table(summary))
-    elsewhere = "" if recipe.folder == Path("runs/demo") else f" --run {recipe.folder}"
-    console.print(f"report  {report_file}\nexport  {exported} (compare it with PyTorch: {shown_command()} verify {exported})\n"
-                  f"search  {shown_command()} search \"how do I ...\"{elsewhere}", highlight=False, soft_wrap=True)
+    console.print(f"report  {report_file}\nexport  {exported}\n{next_steps(recipe.folder, searches=True)}\n{_verification(exported)}",
+                  highlight=False, markup=False, soft_wrap=True)
+
+
+def _verification(exported: Path) -> str:
+    """The commands that compare the export, first with what is installed here, then with PyTorch."""
+    verify = f"  {shown_command()} verify {shlex.quote(str(exported))}"
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("sentence_transformers"):
+        return verify
+    return f"{verify} --jax-only\nto compare the export with PyTorch as well:\n  {install_command(extra='torch')}\n{verify}"

@@ -40,7 +40,7 @@ def preflight(
 
     Every stage takes minutes at full size. When a step does not fit, the report names settings that make it fit and compiles
     the best one. Exit codes: 0 every stage fits (or no limit is known), 78 one does not, or a setting is wrong.
-    TPUs need libtpu, in an environment of its own: pip install 'conan_jax\\[preflight]'.
+    TPUs need libtpu, in an environment of its own; the command says how to make one.
 
     Examples:
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     config: str = ConfigArgument,
-    stage: str = typer.Option(None, "--stage", help="Train this stage only; it starts from the stage before it."),
+    stage: list[str] = typer.Option([], "--stage", metavar="NAME", help="Train this stage only; it starts from the stage before it. May "
+                                    "be given for several stages in a row."),
+    from_stage: str = typer.Option(None, "--from-stage", metavar="NAME", help="Train this stage and all after it."),
     overrides: list[str] = SetOption,
     init_from: str = typer.Option(None, "--init-from", metavar="RUN", help="Start from the weights of this run, with its model and "
                                   "tokenizer: RUN, RUN/STAGE or RUN/STAGE@STEP. `conan import hf` makes a run from a Hugging Face folder."),
@@ -36,6 +38,8 @@ def train(
 
         conan train configs/demo.py --set name=trial --set weak.optimizer.learning_rate=1e-3
 
+        conan train configs/demo.py --from-stage weak --fresh
+
         CONAN_DATA=/data conan train configs/small_multilingual.py
 
         CONAN_DATA=/data conan train configs/small_multilingual.py --init-from runs/qwen3 --set name=tuned
@@ -43,15 +47,22 @@ def train(
         CONAN_DATA=/data conan train configs/conan_v2.py:tiny --set weak.soft_mask.schedule=accelerate
     """
     from conan_jax import config_io
-    from conan_jax.cli.recipe import together
+    from conan_jax.cli.recipe import continued, select_stages, together
 
     run = config_io.load_run(config, overrides)
-    with together(config_io.start_from(run, init_from) if init_from else run, on_stderr=as_json) as (recipe, peers):
-        summary = recipe.train(peers, stage, fresh, fallback)
+    if init_from:
+        run = config_io.start_from(run, init_from)
+    forget_all = fresh and select_stages(run, stage, from_stage)[0] == run.stages[0]
+    run, note = continued(run, forget_all)
+    with together(run, on_stderr=as_json) as (recipe, peers):
+        if note:
+            recipe.console.print(note, highlight=False, markup=False, soft_wrap=True)
+        summary = recipe.train(peers, stage, from_stage, fresh, fallback)
         peers.alone("report", lambda: _finish(recipe, summary, as_json))
 
 
 def _finish(recipe: Recipe, summary: dict[str, Any], as_json: bool) -> None:
+    from conan_jax.cli.shown import next_steps
     from conan_jax.cli.tables import results_table
     from conan_jax.train.report import write_report
 
@@ -62,7 +73,8 @@ def _finish(recipe: Recipe, summary: dict[str, Any], as_json: bool) -> None:
         console.print(results_table(summary))
     else:
         console.print("no metrics: the recipe has no evaluations")
-    console.print(f"summary {recipe.folder / 'summary.json'}\nreport  {report_file}", highlight=False, soft_wrap=True)
+    console.print(f"summary {recipe.folder / 'summary.json'}\nreport  {report_file}\n{next_steps(recipe.folder)}", highlight=False,
+                  markup=False, soft_wrap=True)
 
 
 def prepare(config: str = ConfigArgument, overrides: list[str] = SetOption) -> None:

@@ -22,7 +22,8 @@ def verify(
     sha256 of every file, check vectors, token ids, vectors (batched and alone, padded left and right, with prompts, cut to fewer
     numbers) and every layer. Exit code 1 when a cosine is below 0.9999 in float32,
     78 when a file is not as it was written. A run of `conan import` is compared with the folder that it came from: token ids by the
-    tokenizers library, vectors by PyTorch. PyTorch comes with pip install torch 'transformers>=5.2' 'sentence-transformers>=5.2'.
+    tokenizers library, vectors by PyTorch. Without PyTorch the command says how to
+    install it.
 
     Examples:
 

@@ -41,6 +41,26 @@ def batch_shapes(stage: config.AnyStage, bucket: config.Bucket | None = None) ->
                           f"and passage_length to know its batches ({error})") from error
 
 
+def token_slots(stage: config.AnyStage) -> int:
+    """About the tokens that one update of `stage` encodes, padding included; 1 for a stage from outside that does not say it."""
+    try:
+        shapes = batch_shapes(stage)
+    except ConfigError:
+        return 1
+    if not isinstance(stage, config.SupervisedStage):
+        return _slots(shapes)
+    negatives = stage.hard_negatives
+    tasks = [_slots({key: shape for key, shape in shapes[task.name].items() if key != "pool"})
+             + (task.global_batch_size * negatives.num_negatives * task.bucket.passage_length if "pool" in shapes[task.name] else 0)
+             for task in stage.tasks]
+    return sum(tasks) // (len(tasks) if stage.update == "one_task" else 1)
+
+
+def _slots(shapes: Shapes) -> int:
+    return sum(_slots(shape) if isinstance(shape, dict) else shape.size for key, shape in shapes.items()
+               if isinstance(shape, dict) or key == "tokens")
+
+
 def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 

@@ -19,6 +19,7 @@ from tensorflow_datasets.core.download import downloader
 
 from conan_jax.data.readers import Item
 from conan_jax.errors import DataError
+from conan_jax.versions import install_command
 
 _SWEEPING = threading.Lock()
 _RETRIES = 4  # of a download, 3 s in all; TFDS itself takes over three minutes to say that there is no network
@@ -44,7 +45,7 @@ def read(source: str, before: int = 0, *, data_dir: str | None = None) -> Iterat
         raise DataError(f"{source} is stored in a format without random access ({error}); prepare it in another TFDS_DATA_DIR: "
                         f"`tfds build {name} --file_format=array_record`") from None
     except ImportError as error:
-        raise DataError(f"TFDS needs the package {error.name} to prepare {source}, once; install it (pip install {error.name}) "
+        raise DataError(f"TFDS needs the package {error.name} to prepare {source}, once; install it ({install_command(str(error.name))}) "
                         "and run the same command again") from None
     except Exception as error:  # TFDS raises many unrelated types: not found, no network, checksum
         said = (str(error).strip().splitlines() or [""])[0]

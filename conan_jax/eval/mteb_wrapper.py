@@ -13,9 +13,7 @@ from jaxtyping import Float32
 from conan_jax.data.transforms import query_prompt
 from conan_jax.errors import ConfigError, DataError
 from conan_jax.inference.encoder import Encoder
-
-MISSING = "mteb is not installed; pip install 'conan_jax[mteb]'"
-
+from conan_jax.versions import install_command
 
 class MtebEncoder:
     """What mteb asks of a model: `encode`, `similarity`, `similarity_pairwise`, `mteb_model_meta`.
@@ -138,5 +136,5 @@ def _import_mteb() -> Any:
     try:
         import mteb
     except ImportError as error:
-        raise ConfigError(MISSING) from error
+        raise ConfigError(f"mteb is not installed: {install_command(extra='mteb')}") from error
     return mteb

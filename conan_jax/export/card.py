@@ -16,7 +16,7 @@ from conan_jax.files import read_json
 from conan_jax.model import num_params
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-BASELINES = ("untrained", "bm25")
+BASELINES = ("untrained", "initial", "bm25")
 MOST_FIGURES = 6  # columns of a table; all of them stand in the run's evaluation.json
 
 

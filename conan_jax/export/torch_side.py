@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from conan_jax.errors import ConfigError
-from conan_jax.versions import versions_of
+from conan_jax.versions import install_command, versions_of
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "tokenizers")
 Side = Literal["left", "right"]
@@ -34,8 +34,8 @@ def require() -> None:
         transformers_logging.set_verbosity_error()
         logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     except ImportError as error:
-        raise ConfigError(f"PyTorch or a library for it is not installed ({error}): pip install torch 'transformers>=5.2' "
-                          "'sentence-transformers>=5.2', or check without them by --jax-only") from error
+        raise ConfigError(f"this needs PyTorch, transformers and sentence-transformers ({error}); install them: "
+                          f"{install_command(extra='torch')}; or check without them: --jax-only") from error
 
 
 def versions() -> dict[str, str]:
@@ -50,7 +50,7 @@ def ignores_flags() -> str:
     if numbers >= (5, 2):
         return ""
     return (f"transformers {found} ignores \"is_causal\": false in config.json and attends causally, so an embedder's vectors are wrong; "
-            "pip install 'transformers>=5.2'")
+            f"install a newer one: {install_command('transformers>=5.2')}")
 
 
 class TorchEmbedder:

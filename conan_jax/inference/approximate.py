@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int
 
 from conan_jax.errors import ConfigError
 from conan_jax.files import replacing, write_file
+from conan_jax.versions import install_command
 
 BLOCK = 65_536
 SMALLEST = 10_000  # vectors that are worth lists; fewer are searched one by one
@@ -26,7 +27,7 @@ def nearest(queries: Float32[np.ndarray, "Q D"], corpus: Any, k: int) -> tuple[I
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError("--faiss needs faiss: pip install 'conan_jax[faiss]'") from error
+        raise ConfigError(f"--faiss needs faiss, which is not installed: {install_command(extra='faiss')}") from error
     index = _index(faiss, corpus)
     scores, rows = index.search(np.ascontiguousarray(queries, np.float32), min(k, len(corpus)))
     return rows, scores

@@ -13,6 +13,7 @@ from conan_jax.launch import schema
 from conan_jax.launch.findings import Finding
 from conan_jax.launch.jobset import RESOURCES
 from conan_jax.launch.spec import LaunchSpec
+from conan_jax.versions import install_command
 
 SHELLS = {"sh", "bash", "dash", "ash", "zsh", "ksh", "busybox", "env"}
 _LONGEST_NAME = 63
@@ -32,7 +33,7 @@ def check_jobset(spec: LaunchSpec, text: str, run: config.Run | None) -> Iterato
             yield Finding("kubernetes", f"{replicated['name']}: {problem} (Kubernetes {schema.KUBERNETES})")
     if unknown:
         yield Finding("kubernetes", "the Jobs were not held to Kubernetes' own schema: kubernetes-validate is not installed "
-                                    "(pip install 'conan_jax[launch]')", serious=False)
+                                    f"({install_command(extra='launch')})", serious=False)
     jobs = [(r, r["template"]["spec"]) for r in manifest["spec"]["replicatedJobs"]]
     pods = [job["template"]["spec"] for _, job in jobs]
     yield from _check_names(manifest)

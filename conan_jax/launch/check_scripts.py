@@ -15,6 +15,7 @@ from conan_jax.errors import EXIT_BAD_INPUT, ConfigError
 from conan_jax.launch.findings import Finding
 from conan_jax.launch.slurm import directives
 from conan_jax.launch.spec import LaunchSpec
+from conan_jax.versions import install_command
 
 _SIZES = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "job-name")
 
@@ -52,7 +53,7 @@ def command_of(text: str) -> list[str]:
 def _check_shell(file: Path) -> Iterator[Finding]:
     shellcheck = shutil.which("shellcheck", path=os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)]))
     if shellcheck is None:
-        yield Finding("shell", f"{file.name} was not held to shellcheck: it is not installed (pip install 'conan_jax[launch]')",
+        yield Finding("shell", f"{file.name} was not held to shellcheck: it is not installed ({install_command(extra='launch')})",
                       serious=False)
         return
     found = subprocess.run([shellcheck, "--shell=bash", "--format=gcc", str(file)], capture_output=True, text=True, check=False)

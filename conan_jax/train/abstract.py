@@ -14,6 +14,7 @@ from conan_jax.errors import ConfigError
 from conan_jax.stages.base import Stage
 from conan_jax.train import optimizer, state
 from conan_jax.train.step import make_train_step
+from conan_jax.versions import install_command
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -26,8 +27,8 @@ def topology_devices(name: str) -> list[Any]:
         ConfigError: libtpu is not installed, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"compiling for {name} needs libtpu, which is not installed: pip install 'conan_jax[preflight]', or "
-                          f"'jax[tpu]=={jax.__version__}' (1.3 GB, in an environment of its own; `make test-tpu` makes one)")
+        raise ConfigError(f"compiling for {name} needs libtpu (1.3 GB), which is not installed. It takes an environment of its own: "
+                          f"{install_command(extra='preflight', environment='.venv-tpu')}; then use .venv-tpu/bin/conan preflight")
     # A host has several chips unless it is told otherwise, and a topology must be whole hosts.
     one_chip = {"chips_per_host_bounds": [1, 1, 1]} if set(name.rpartition(":")[2].split("x")) == {"1"} else {}
     try:

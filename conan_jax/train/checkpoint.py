@@ -193,6 +193,11 @@ def latest_step(folder: Path) -> int | None:
     return step_folders.newest(folder)
 
 
+def identity(folder: Path, step: int) -> dict[str, Any]:
+    """The step, and the sha256 of its manifest, which holds the sha256 of every file: no other checkpoint has the same."""
+    return {"step": step, "checkpoint_sha256": manifest.sha256(step_folder(folder, step_folders.existing(folder, step)))}
+
+
 def damage_of(folder: Path, step: int) -> str:
     """What is wrong with a step, found by all processes together, each looking at its share of the files; "" when all is well."""
     return _first_complaint(manifest.damage(step_folder(folder, step), step, part=jax.process_index(), parts=jax.process_count()))

@@ -44,7 +44,7 @@ class StageResult:
 def train_stage(
     run: config.Run, stage_config: config.Stage, *, stage: Stage, embedder: Any, pipeline: Any, tokenizer_sha256: str, folder: Path,
     previous_folder: Path | None = None, init_from: str | None = None, console: Console | None = None,
-    stop: Callable[[], bool] | None = None, devices: list[jax.Device] | None = None, fallback: bool = False,
+    stop: Callable[[], bool] | None = None, devices: list[jax.Device] | None = None, fallback: bool = False, later_steps: float = 0.0,
 ) -> StageResult:
     """Train one stage to its last step, from wherever `start_rule.find_start` says. Every process of a run calls it alike.
 
@@ -55,6 +55,7 @@ def train_stage(
         stop: polled before every step; true saves and raises `Preempted`. By default SIGTERM and SIGINT do. Of several processes
             any may be asked: all of them stop at the same step, one later than the one where the first was asked.
         fallback: a damaged checkpoint is set aside for the newest good one before it, instead of refused.
+        later_steps: the work of the stages that follow, in steps of this one, for the time left of the whole recipe.
 
     Raises:
         Preempted: asked to stop; the state is saved at the step reached.
@@ -92,7 +93,8 @@ def train_stage(
         train_step = make_train_step(stage, updates, schedule, run.seed, abstract)
 
         first = start.step if start.kind == "resume" else 0
-        recorder = metrics.Recorder(folder, stage_config, first, console, flops, _peak_flops(mesh)) if is_main else metrics.Silent(flops)
+        recorder = (metrics.Recorder(folder, stage_config, first, console, flops, _peak_flops(mesh), later_steps) if is_main
+                    else metrics.Silent(flops))
         stack.enter_context(contextlib.closing(recorder))
         late = _OneStepLate(recorder, pipeline)
         batches = stack.enter_context(_closing_iterator(pipeline.iterate(first)))

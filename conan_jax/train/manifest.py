@@ -35,6 +35,11 @@ def is_written(step_folder: Path) -> bool:
     return (step_folder / NAME).is_file()
 
 
+def sha256(step_folder: Path) -> str:
+    """The sha256 of the manifest of a whole step. Raises `OSError`."""
+    return _sha256(step_folder / NAME)
+
+
 def damage(step_folder: Path, step: int, items: Collection[str] | None = None, part: int = 0, parts: int = 1) -> str:
     """What is wrong with the files of a step, the first few by name; "" when all is well.
 

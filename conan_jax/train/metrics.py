@@ -140,18 +140,20 @@ def _whole_record(line: bytes) -> dict[str, Any] | None:
 class _Bar:
     """A live progress bar with rate and ETA."""
 
-    def __init__(self, console: Console, name: str, start: int, steps: int) -> None:
+    def __init__(self, console: Console, name: str, start: int, steps: int, later_steps: float) -> None:
         columns = (TextColumn("[bold]{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                   TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+                   TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[recipe]}{task.fields[shown]}"))
         self._progress = Progress(*columns, console=console, speed_estimate_period=60)
-        self._task = self._progress.add_task(name, total=steps, completed=start, rate="", shown="")
+        self._steps, self._later = steps, later_steps
+        self._task = self._progress.add_task(name, total=steps, completed=start, rate="", recipe="", shown="")
         self._progress.start()
 
     def advance(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
     def show(self, record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> None:
-        self._progress.update(self._task, rate=f"{record.get('steps_per_second', 0):.2f} steps/s", shown=_pretty(record, smoothed))
+        self._progress.update(self._task, rate=f"{record.get('steps_per_second', 0):.2f} steps/s", shown=_pretty(record, smoothed),
+                              recipe=_recipe_eta(record, self._steps, self._later))
 
     def close(self) -> None:
         self._progress.stop()
@@ -160,8 +162,8 @@ class _Bar:
 class _Lines:
     """Plain lines for a log file: the first and the last record, and one about every ten seconds between."""
 
-    def __init__(self, console: Console, name: str, start: int, steps: int) -> None:
-        self._console, self._name, self._steps, self._printed = console, name, steps, -math.inf
+    def __init__(self, console: Console, name: str, start: int, steps: int, later_steps: float) -> None:
+        self._console, self._name, self._steps, self._later, self._printed = console, name, steps, later_steps, -math.inf
 
     def advance(self, step: int) -> None:
         """A line says its step itself."""
@@ -172,7 +174,8 @@ class _Lines:
             return
         self._printed = now
         rate = record.get("steps_per_second")
-        pace = f"{rate:.2f} steps/s  ETA {duration((self._steps - step) / rate)}  " if rate else ""
+        whole = _recipe_eta(record, self._steps, self._later)
+        pace = f"{rate:.2f} steps/s  ETA {duration((self._steps - step) / rate)}  {whole}" if rate else ""
         shown = _pretty(record, smoothed)
         self._console.print(f"{self._name} {step}/{self._steps}  {pace}{shown}", highlight=False, markup=False, soft_wrap=True)
 
@@ -183,12 +186,14 @@ class _Lines:
 class Recorder:
     """Takes every finished step, keeps rates, and writes a record each `log_every` steps, at the last, and at any skipped one."""
 
-    def __init__(self, folder: Path, stage: config.Stage, start: int, console: Console, flops: float, peak_flops: float | None) -> None:
+    def __init__(self, folder: Path, stage: config.Stage, start: int, console: Console, flops: float, peak_flops: float | None,
+                 later_steps: float = 0.0) -> None:
+        """`later_steps`: the work of the stages that follow, in steps of this one."""
         self._stage = stage
         self._lines = JsonLines(folder / "metrics.jsonl", start)
         # Events of steps that will come again are hidden by the purge mark.
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None, flush_secs=10)
-        self._view = (_Bar if console.is_terminal else _Lines)(console, stage.name, start, stage.steps)
+        self._view = (_Bar if console.is_terminal else _Lines)(console, stage.name, start, stage.steps, later_steps)
         self._skipped = (self._lines.last or {}).get("skipped") or 0
         self._losses = SmoothedLosses((self._lines.last or {}).get("smoothed"))
         self.meter = Meter(flops, peak_flops, (self._lines.last or {}).get("seconds") or 0.0)
@@ -236,6 +241,12 @@ class Silent:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _recipe_eta(record: Mapping[str, float], steps: int, later_steps: float) -> str:
+    """The time left of the stage and of those after it, by their FLOPs; compilation and evaluation are not in it. "" for the last stage."""
+    rate = record.get("steps_per_second")
+    return f"recipe about {duration((steps - record['step'] + later_steps) / rate)}  " if rate and later_steps else ""
 
 
 def _pretty(record: Mapping[str, float], smoothed: Mapping[str, Mapping[str, float]]) -> str:

@@ -27,7 +27,7 @@ from conan_jax.train.smoothing import SMOOTHING_UPDATES
 from conan_jax.units import duration
 from conan_jax.versions import versions_of
 
-BASELINES = ("untrained", "bm25")
+BASELINES = ("untrained", "initial", "bm25")
 HEADLINES = ("ndcg@10", "recall@10", "spearman", "accuracy", "f1", "v_measure")
 MAIN = {"retrieval": "ndcg@10", "mkqa": "recall@100", "sts": "spearman", "bitext": "f1", "classification": "accuracy",
         "clustering": "v_measure"}  # the usual metric of a kind of set
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> RunFiles:
     stages = [stage["name"] for stage in config.get("stages", [])]
     metrics = {name: _json_lines(folder / name / "metrics.jsonl") for name in stages}
     evaluations = {name: read_json(folder / name / "evaluation.json", {}) for name in (*BASELINES, *stages)}
-    diagnostics = {name: read_json(folder / name / "diagnostics.json", {}) for name in (BASELINES[0], *stages)}
+    diagnostics = {name: read_json(folder / name / "diagnostics.json", {}) for name in (*BASELINES, *stages)}
     return RunFiles(
         folder=folder, config=config, summary=read_json(folder / "summary.json", {}), searches=read_json(folder / "searches.json", {}),
         metrics={name: records for name, records in metrics.items() if records},

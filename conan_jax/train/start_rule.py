@@ -58,18 +58,35 @@ def find_start(folder: Path, previous_folder: Path | None, model: config.Model, 
     previous, damaged = _good_step(previous_folder, fallback) if previous_folder is not None else (None, ())
     if previous is None and init_from is not None:
         place, step = locate(init_from)
-        if found := mismatch(checkpoint.read_metadata(place, step), model, tokenizer_sha256, FREE_AT_A_START):
-            raise CheckpointError(f"{place} {found}; start with --init-from, which takes model and tokenizer from there, give the recipe "
-                                  "the same ones, or name another run in init_from")
+        _check_initial(place, step, model, tokenizer_sha256)
         return Start("initial", place, step)
     if previous is None:
         return Start("scratch")
-    metadata = checkpoint.read_metadata(previous_folder, previous)
-    check_compatible(previous_folder, metadata, model, tokenizer_sha256)
-    if previous < metadata["steps"]:
-        raise CheckpointError(f"stage {metadata['stage']!r} in {previous_folder} stopped at step {previous} of {metadata['steps']}; "
-                              "start it again to finish it before the stage that follows")
+    _check_previous(previous_folder, previous, model, tokenizer_sha256)
     return Start("previous", previous_folder, previous, damaged, verified=True)
+
+
+def refuse_unfit(previous_folder: Path | None, model: config.Model, tokenizer_sha256: str, init_from: str | None = None) -> None:
+    """Raise what `find_start` will raise of a stage without steps of its own, by the metadata alone; one process is enough."""
+    previous = checkpoint.latest_step(previous_folder) if previous_folder is not None else None
+    if previous is not None:
+        _check_previous(previous_folder, previous, model, tokenizer_sha256)
+    elif init_from is not None:
+        _check_initial(*locate(init_from), model, tokenizer_sha256)
+
+
+def _check_initial(place: Path, step: int, model: config.Model, tokenizer_sha256: str) -> None:
+    if found := mismatch(checkpoint.read_metadata(place, step), model, tokenizer_sha256, FREE_AT_A_START):
+        raise CheckpointError(f"{place} {found}; start with --init-from, which takes model and tokenizer from there, give the recipe "
+                              "the same ones, or name another run in init_from")
+
+
+def _check_previous(folder: Path, step: int, model: config.Model, tokenizer_sha256: str) -> None:
+    metadata = checkpoint.read_metadata(folder, step)
+    check_compatible(folder, metadata, model, tokenizer_sha256)
+    if step < metadata["steps"]:
+        raise CheckpointError(f"stage {metadata['stage']!r} in {folder} stopped at step {step} of {metadata['steps']}; "
+                              "start it again to finish it before the stage that follows")
 
 
 def _good_step(folder: Path, fallback: bool) -> tuple[int | None, tuple[int, ...]]:
