@@ -17,7 +17,7 @@ def evaluate(
     model: Path = typer.Argument(..., help="The folder of a run, of one of its stages, or of an export."),
     suite: Path = typer.Option(None, "--suite", help="Folder of sets: listed in its suite.yaml, or found by their file layout."),
     mteb: str = typer.Option("", "--mteb",
-        help="Tasks of mteb in place of a suite, by name, separated by commas; needs conan_jax\\[mteb]."),
+        help="Tasks of mteb in place of a suite, by name, separated by commas; needs mteb."),
     only: str = typer.Option("", "--only", help="Sets to score, by name, pattern (sts/*) or kind, separated by commas."),
     out: Path = typer.Option(None, "--out",
                              help="Folder of results.json. Default: RUN/eval/SUITE for a run, EXPORT.eval/SUITE for an export."),

@@ -49,15 +49,15 @@ def weights(embedder):
     return jax.tree.map(np.asarray, jax.jit(embedder.init)(jax.random.key(0)))
 
 
-def train_stage(run, stage, *, embedder, tokenizer_sha256, folder, previous_folder, init_from, console, fallback, **_):
+def train_stage(run, stage_config, *, embedder, tokenizer_sha256, folder, previous_folder, init_from, console, fallback, **_):
     """A stage that ends at once: it starts as a real one does, and saves weights of its own."""
     start = start_rule.find_start(folder, previous_folder, run.model, tokenizer_sha256, fallback, init_from)
-    console.print(f"stage {stage.name}\n  start: {start}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"stage {stage_config.name}\n  start: {start}", highlight=False, markup=False, soft_wrap=True)
     if start.kind != "resume":
-        shift = sum(stage.name.encode()) / 1e5
+        shift = sum(stage_config.name.encode()) / 1e5
         params = jax.tree.map(lambda array: array + np.float32(shift), weights(embedder))
-        checkpoint.write_weights(folder, stage.steps, params, checkpoint.make_metadata(run, stage, tokenizer_sha256))
-    return StageResult(folder, stage.steps, 0.0, {}, stage.steps)
+        checkpoint.write_weights(folder, stage_config.steps, params, checkpoint.make_metadata(run, stage_config, tokenizer_sha256))
+    return StageResult(folder, stage_config.steps, 0.0, {}, stage_config.steps)
 
 
 def score_set(encoder, evaluation, dimensions, **_):
@@ -104,7 +104,8 @@ def train(base, tmp_path, scored, monkeypatch, capsys):
 
     call.run, complete = tmp_path / "run", base.parent / "complete"
     if not complete.exists():
-        assert conan(monkeypatch, capsys, "train", base, "--set", f"output_dir={complete}")[0] == 0
+        code, _, err = conan(monkeypatch, capsys, "train", base, "--set", f"output_dir={complete}")
+        assert code == 0, err
         scored.clear()
     shutil.copytree(complete, call.run)
     return call
@@ -256,7 +257,7 @@ def test_stages_are_not_trained_twice_on_the_same_weights_unless_they_are_named(
     # Later commands need not name the weights again.
     recorded = read(train.run / "config.json")
     code, out, err = train("--from-stage", "more", "--set", "more.log_every=1")
-    assert code == 0 and f"init_from: {source}/weak" in out and "complete at step 2" in out, err
+    assert code == 0 and f"init_from: {source}/weak" in out and f"resume {train.run}/more at step 2" in out, err
     assert {**read(train.run / "config.json"), "stages": 0} == {**recorded, "stages": 0}
 
     code, _, err = train("--init-from", f"{source}/more", "--from-stage", "more")
