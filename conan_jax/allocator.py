@@ -14,6 +14,7 @@ conan_jax take `keep`, unless they were started with `huge` (`GLIBC_TUNABLES=gli
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -54,6 +55,8 @@ def start_with_huge_pages() -> None:
         return
     tunables = os.environ.get(TUNABLES, "")
     os.environ[TUNABLES] = f"{tunables}:{HUGE}=1" if tunables else f"{HUGE}=1"
+    # A signal waits until the new start listens (`cli.exits`), instead of ending it while Python starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

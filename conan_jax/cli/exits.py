@@ -46,6 +46,7 @@ def run(command: Callable[[], Any]) -> NoReturn:
     _listen()
     code: int | str | None = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # blocked where the command started itself again (`allocator`)
         command()
         code = EXIT_DONE
     except _Stopped:

@@ -14,9 +14,9 @@ from conan_jax.errors import ConfigError
 
 # What else lies in the folder of a run, and the fields of a run, which `--set` reads before the names of stages.
 RESERVED = frozenset({
-    "data", "untrained", "bm25", "eval", "index", "export", "checkpoints", "tensorboard",
+    "data", "untrained", "initial", "bm25", "prepare", "evaluate", "eval", "index", "export", "checkpoints", "tensorboard",
     "config.json", "summary.json", "timings.json", "report.html", "searches.json", "prepared.json", "import.json", "merge.json",
-    "evaluation.json", "diagnostics.json", "metrics.jsonl", "launch.json",
+    "evaluation.json", "evaluation_details.json", "diagnostics.json", "metrics.jsonl", "launch.json",
     "name", "stages", "datasets", "model", "tokenizer", "mesh", "evaluations", "seed", "output_dir", "init_from", "data_dir",
     "watchdog_seconds",
 })
