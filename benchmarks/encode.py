@@ -1,6 +1,6 @@
 """Texts a second of `Encoder` against sentence-transformers: one export folder, the same texts, the same threads, float32.
 
-    python benchmarks/encode.py [--rounds N] [--texts N] [--json] [--check]          # needs pip install 'conan_jax[torch]'
+    python benchmarks/encode.py [--rounds N] [--texts N] [--json] [--check]          # needs pip install '.[torch]'
 
 A model of 4 layers x 256 (8 query and 2 key/value heads, FFN 768, V 8192) with fresh weights is exported as `conan export` does it, and
 both sides load that folder. Texts are real: of $CONAN_DATA (default ../shared/data) where it is there, else the documentation of the
@@ -107,7 +107,7 @@ def measure(rounds: int, count: int) -> Iterator[Figure]:
         import torch
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ConfigError("this benchmark needs sentence-transformers: pip install 'conan_jax[torch]'") from error
+        raise ConfigError("this benchmark needs sentence-transformers: pip install '.[torch]'") from error
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     texts = real_texts(count)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Time of a whole contrastive update against PyTorch: same architecture, same weights, same batch, step by step in turns.
 
-    python benchmarks/train_step.py [--rounds N] [--json] [--check]          # needs pip install 'conan_jax[torch]'
+    python benchmarks/train_step.py [--rounds N] [--json] [--check]          # needs pip install '.[torch]'
 
 The update that `conan train` runs: InfoNCE over 32 pairs of 128 tokens, 4 layers x 256, 8 query and 2 key/value heads, FFN 768,
 V 8192, float32, gradients clipped to norm 1, AdamW, as many threads as the machine has cores. Its mask is the soft one at alpha = 1,
@@ -178,7 +178,7 @@ def main() -> None:
     try:
         import sentence_transformers  # noqa: F401
     except ImportError:
-        sys.exit("this compares with PyTorch, which is not installed here: pip install 'conan_jax[torch]'")
+        sys.exit("this compares with PyTorch, which is not installed here: pip install '.[torch]'")
     sys.exit(show(measure(arguments.rounds), arguments.json) and arguments.check)
 
 
