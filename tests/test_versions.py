@@ -14,7 +14,8 @@ EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_an_extra_is_installed_by_its_requirements(monkeypatch, installed):
+def test_an_extra_is_installed_by_its_requirements(monkeypatch, tmp_path, installed):
+    monkeypatch.chdir(tmp_path)  # inside of a folder the interpreter is named from there
     marked = [f"{requirement}; extra == \"{extra}\"" for extra, found in EXTRAS.items() for requirement in found]
 
     def requires(name):

